@@ -1,0 +1,93 @@
+"""One forward pass over rows that repeat the examples of a batch, in the plain form and in the fast one.
+
+A pass is called with the example of each row and answers with log P(y* given x) of each row (Eq. 9). How it gets
+there is its own affair: `PlainPass` runs the whole batch as it was given, `WindowPass` (window.py) only the answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from .answer import IGNORE, Answer, forward_parameters, log_probability
+from .neurons import NeuronLayer
+from .replay import take
+
+# how many numbers the activations of one chunk of rows may hold, about 1 GiB in float32
+_BUDGET = 2**28
+_MOST_ROWS = 256
+
+
+class Pass(ABC):
+    """A way to run the model on rows of examples.
+
+    Attributes:
+        positions: for each stack, bool `(B, W)`: where its neurons are scaled in this pass.
+        batch_size: B.
+    """
+
+    model: nn.Module
+    positions: dict[str, torch.Tensor]
+    batch_size: int
+
+    @abstractmethod
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """log P(y* given x) of each row, `(R,)`, for `rows` `(R,)` of examples; differentiable."""
+
+    @abstractmethod
+    def floats_per_row(self) -> int:
+        """About how many numbers one row costs besides the activations of the blocks."""
+
+    def default_rows(self, layers: list[NeuronLayer]) -> int:
+        """As many rows at once as keep the activations near 1 GiB, between 1 and 256."""
+        width = max(mask.shape[1] for mask in self.positions.values())
+        config: Any = self.model.config
+        hidden = int(getattr(config.get_text_config(), "hidden_size", None) or layers[0].size // 4)
+        blocks = max(len(layer.blocks) for layer in layers) or 1
+        activations = width * blocks * (10 * hidden + 4 * max(layer.size for layer in layers))
+        return max(1, min(_MOST_ROWS, _BUDGET // (activations + self.floats_per_row())))
+
+
+class PlainPass(Pass):
+    """The whole model on the batch as it was given, whatever the model is."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, torch.Tensor], answer: Answer) -> None:
+        self.model, self.inputs, self.positions = model, inputs, answer.positions
+        self.batch_size = len(answer.targets)
+        self.targets, self.options = answer.targets, forward_options(model)
+        if answer.kind != "sequence":
+            self.targets, self.options = keep_labelled(model, answer.targets, self.options)
+        if "use_cache" in forward_parameters(model):
+            self.options["use_cache"] = False
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        inputs = take(self.inputs, rows, self.batch_size)
+        logits = self.model(**inputs, **self.options).logits
+        return log_probability(logits, self.targets[rows])
+
+    def floats_per_row(self) -> int:
+        return 3 * self.targets[0].numel() * vocabulary(self.model)
+
+
+def forward_options(model: nn.Module) -> dict[str, Any]:
+    """Options of every forward call; given as arguments, so that the model's configuration stays as it is."""
+    return {"return_dict": True}
+
+
+def keep_labelled(
+    model: nn.Module, targets: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Ask for logits only at columns where some example has an answer token, where the model can do that."""
+    if "logits_to_keep" not in forward_parameters(model):
+        return targets, options
+    columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    return targets[:, columns], {**options, "logits_to_keep": columns}
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Width of the logits, about."""
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "vocab_size", 0) or 0)

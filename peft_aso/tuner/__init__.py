@@ -1,0 +1,14 @@
+"""The tuner: LoRA adapters with a history, inside PEFT's own API."""
+
+from .config import ASOLoraConfig, AttributionConfig
+from .history import HistoryError, MissingHistoryError, TaskHistory
+from .model import ASOLoraModel
+
+__all__ = [
+    "ASOLoraConfig",
+    "ASOLoraModel",
+    "AttributionConfig",
+    "HistoryError",
+    "MissingHistoryError",
+    "TaskHistory",
+]

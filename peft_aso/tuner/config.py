@@ -1,0 +1,186 @@
+"""The settings: `ASOLoraConfig` (one adapter, one task) and `AttributionConfig` (how its psi is found)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftType
+
+PEFT_TYPE_NAME = "ASO_LORA"
+
+# lambda of Eq. 7. 0.5 is the value of the paper ("follow Wang et al."), which was tuned for the L1 form. See
+# docs/design.md, "The two forms of the penalty", for what the two forms weigh against each other.
+DEFAULT_PENALTY_WEIGHT = {"squared": 0.5, "l1": 0.5}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known. Choose one of: {', '.join(choices)}.")
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r}: the weight of a penalty is a finite number that is not below 0.")
+
+
+@dataclass
+class AttributionConfig:
+    """How the attribution vectors are computed and turned into the similarity w and the coefficient psi.
+
+    Args:
+        steps (`int`):
+            m of Eq. 11, the number of points at which the gradient is taken.
+        quadrature (`str`):
+            `"riemann"` (right Riemann sum, the paper) or `"gauss_legendre"`.
+        neurons (`str` or `list[str]`, *optional*):
+            Which modules' inputs are the FFN neurons: a regular expression that matches the whole module name, or
+            a list of name endings. `None` finds the down projections by structure.
+        stacks (`str`):
+            Of an encoder-decoder: `"all"`, `"encoder"` or `"decoder"` neurons.
+        max_rows (`int`, *optional*):
+            Most rows (examples x steps) that run through the model at once. `None` chooses.
+        attribution_model (`str`):
+            What "the model of task t" is: `"cumulative"` (base + adapters 1..t), `"task"` (base + adapter t alone,
+            Eq. 2) or `"auto"` (cumulative when the history is in the forward pass while a task trains, else task).
+        aggregation (`str`):
+            `"per_example"` (w of each probe example, then the mean) or `"mean"` (w of the mean vectors).
+        absolute (`bool`):
+            Compare absolute scores instead of signed ones.
+        similarity (`str`):
+            `"spearman"` (the paper), `"pearson"` or `"cosine"`.
+        granularity (`str`):
+            `"task"` (one w for each earlier task) or `"layer"` (one for each earlier task and layer).
+        source (`str`):
+            `"current"` (the history's models look at the new task's data, Eq. 13) or `"stored"` (each earlier
+            task's own vector, kept at its end, is compared: no old model is run).
+        clip (`bool`):
+            Clip psi to [0, 1]. Off: Eq. 6 as it stands, where a negative w makes psi larger than 1.
+        refresh (`float` or `int`):
+            When the current task's vector is computed again: a fraction of the run if below 1, else a number of
+            optimizer steps; 0 only once, before the first step.
+        probe_size (`int`):
+            How many training examples the vectors are computed on.
+    """
+
+    steps: int = 20
+    quadrature: Literal["riemann", "gauss_legendre"] = "riemann"
+    neurons: str | list[str] | None = None
+    stacks: Literal["all", "encoder", "decoder"] = "all"
+    max_rows: int | None = None
+    attribution_model: Literal["auto", "cumulative", "task"] = "auto"
+    aggregation: Literal["per_example", "mean"] = "per_example"
+    absolute: bool = False
+    similarity: Literal["spearman", "pearson", "cosine"] = "spearman"
+    granularity: Literal["task", "layer"] = "task"
+    source: Literal["current", "stored"] = "current"
+    clip: bool = False
+    refresh: float = 0.1
+    probe_size: int = 16
+
+    def __post_init__(self) -> None:
+        _check_choice("quadrature", self.quadrature, ("riemann", "gauss_legendre"))
+        _check_choice("stacks", self.stacks, ("all", "encoder", "decoder"))
+        _check_choice("attribution_model", self.attribution_model, ("auto", "cumulative", "task"))
+        _check_choice("aggregation", self.aggregation, ("per_example", "mean"))
+        _check_choice("similarity", self.similarity, ("spearman", "pearson", "cosine"))
+        _check_choice("granularity", self.granularity, ("task", "layer"))
+        _check_choice("source", self.source, ("current", "stored"))
+        for name in ("steps", "probe_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows!r} must be at least 1, or None to choose.")
+        if not math.isfinite(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
+            raise ValueError(
+                f"refresh={self.refresh!r}: give a fraction of the run (0.1: ten times), a whole number of steps "
+                "(50), or 0 for once at the start."
+            )
+
+
+@dataclass
+class ASOLoraConfig(LoraConfig):
+    """Configuration of one task's adapter: everything that [`~peft.LoraConfig`] takes, and the settings below.
+
+    Args:
+        task_name (`str`, *optional*):
+            The task's name in the chain. PEFT forgets adapter names when it saves; this one stays. Defaults to the
+            name under which the adapter is added.
+        history (`list[str]`, *optional*):
+            Tasks learned before this one, oldest first. `None`: all tasks that the model holds when the adapter is
+            added. `[]`: none.
+        forward_history (`str`):
+            Whether the frozen history takes part in the forward pass *while this task trains*: `"stacked"` (yes) or
+            `"isolated"` (no). For evaluation and merging it always does (Eq. 3).
+        penalty (`str`):
+            `"squared"` (Eq. 7) or `"l1"` (sum of absolute values, as O-LoRA).
+        penalty_weight (`float`, *optional*):
+            lambda of Eq. 7 for this task; 0 is IncLoRA. `None`: the default of the form.
+        l2_weight (`float`):
+            Weight of the sum of the norms of this adapter's matrices (lambda_2 of O-LoRA).
+        project_init (`bool`):
+            Project the first values of A out of the span of the history's A, so that the penalty starts at 0.
+        attribution (`AttributionConfig`):
+            How w and psi are found.
+        attribution_layout (`list`, *optional*):
+            `[module, start, stop]` of each layer in the stored attribution vector. Written when saving.
+        soft_coefficients, similarities (`dict`, *optional*):
+            The psi and w that the training of this task ended with. Written by the training.
+        combined (`bool`):
+            Set on adapters made by `add_weighted_adapter`: they are no task and never become history by themselves.
+        peft_aso_version (`str`, *optional*):
+            Version of this package that saved the config. Written when saving.
+    """
+
+    task_name: str | None = None
+    history: list[str] | None = None
+    forward_history: Literal["stacked", "isolated"] = "stacked"
+    penalty: Literal["squared", "l1"] = "squared"
+    penalty_weight: float | None = None
+    l2_weight: float = 0.0
+    project_init: bool = False
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    attribution_layout: list[Any] | None = None
+    soft_coefficients: dict[str, Any] | None = None
+    similarities: dict[str, Any] | None = None
+    combined: bool = False
+    peft_aso_version: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE_NAME)
+        if isinstance(self.attribution, dict):  # read back from JSON
+            self.attribution = AttributionConfig(**self.attribution)
+        _check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
+        _check_choice("penalty", self.penalty, tuple(DEFAULT_PENALTY_WEIGHT))
+        if self.penalty_weight is not None:
+            _check_weight("penalty_weight", self.penalty_weight)
+        _check_weight("l2_weight", self.l2_weight)
+        if isinstance(self.history, str):
+            raise TypeError(f"history={self.history!r}: give a list of task names, oldest first.")
+        if self.history is not None:
+            self.history = list(self.history)
+            if len(set(self.history)) != len(self.history):
+                raise ValueError(f"history={self.history} names a task twice.")
+
+    @property
+    def resolved_penalty_weight(self) -> float:
+        """lambda of Eq. 7: `penalty_weight`, or the default of the form where that is None."""
+        return DEFAULT_PENALTY_WEIGHT[self.penalty] if self.penalty_weight is None else self.penalty_weight
+
+    @property
+    def attribution_model(self) -> str:
+        """"cumulative" or "task": `attribution.attribution_model` with "auto" resolved."""
+        if self.attribution.attribution_model != "auto":
+            return self.attribution.attribution_model
+        return "cumulative" if self.forward_history == "stacked" else "task"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with the version of this package and the nested settings as a plain dictionary."""
+        from .. import __version__
+
+        result: dict[str, Any] = super().to_dict()
+        result["attribution"] = asdict(self.attribution)
+        result["peft_aso_version"] = __version__
+        return result

@@ -1,0 +1,145 @@
+"""Which adapters are the history of which: names only, no tensors.
+
+A task's history is a list of task names in its config. This file resolves those names to adapters, says which are
+missing, and refuses what cannot be: a name that does not exist, a task that is its own ancestor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class HistoryError(ValueError):
+    """A history that cannot be: an unknown name, a cycle, an adapter that others are built on."""
+
+
+class MissingHistoryError(RuntimeError):
+    """A task is run without the tasks that it was trained on top of."""
+
+
+class TaskHistory:
+    """The resolved history of each adapter of one model. All tuner layers of the model share one instance.
+
+    Attributes:
+        histories (`dict[str, tuple[str, ...]]`):
+            Adapter -> the loaded adapters of its history, oldest first.
+        missing (`dict[str, tuple[str, ...]]`):
+            Adapter -> the task names of its history that are not loaded. Adapters that lack nothing are not in it.
+        frozen (`frozenset[str]`):
+            Adapters that are in some adapter's history: they never train.
+        isolated (`frozenset[str]`):
+            Adapters whose history is left out of the forward pass while they train.
+        alone (`bool`):
+            True inside `ASOLoraModel.only`: adapters run without their history.
+    """
+
+    def __init__(self) -> None:
+        self.histories: dict[str, tuple[str, ...]] = {}
+        self.missing: dict[str, tuple[str, ...]] = {}
+        self.frozen: frozenset[str] = frozenset()
+        self.isolated: frozenset[str] = frozenset()
+        self.alone = False
+
+    def refresh(self, configs: Mapping[str, Any]) -> None:
+        """Resolve all names anew; called after an adapter came or went."""
+        self.histories, self.missing = {}, {}
+        for adapter, config in configs.items():
+            found = {task: adapter_of(task, configs, exclude=adapter) for task in config.history or []}
+            self.histories[adapter] = tuple(name for name in found.values() if name is not None)
+            lacking = tuple(task for task, name in found.items() if name is None)
+            if lacking:
+                self.missing[adapter] = lacking
+        self.frozen = frozenset(name for names in self.histories.values() for name in names)
+        self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
+
+    def dependents(self, adapter: str) -> list[str]:
+        """The adapters that have `adapter` in their history."""
+        return [name for name, history in self.histories.items() if adapter in history]
+
+    def require(self, adapters: Iterable[str]) -> None:
+        """Raise `MissingHistoryError` if one of the adapters lacks a part of its history."""
+        for adapter in adapters:
+            lacking = self.missing.get(adapter)
+            if lacking and not self.alone:
+                names = ", ".join(repr(task) for task in lacking)
+                raise MissingHistoryError(
+                    f"The adapter {adapter!r} was trained on top of tasks that are not loaded: {names}. Load each "
+                    "with model.load_adapter(<its folder or Hub id>, adapter_name=<task>), or all at once with "
+                    "peft_aso.load_chain. To run the adapter by itself (Eq. 2), use "
+                    f"`with model.base_model.only({adapter!r}):`."
+                )
+
+    def expand(self, adapters: Iterable[str]) -> list[str]:
+        """The adapters with the history of each before it, every name once; alone: just the adapters."""
+        names: list[str] = []
+        for adapter in adapters:
+            history = () if self.alone else self.histories.get(adapter, ())
+            names.extend(name for name in (*history, adapter) if name not in names)
+        return names
+
+
+def task_name_of(adapter: str, config: Any) -> str:
+    """The task that an adapter holds: the name in its config, else the adapter's own."""
+    return config.task_name or adapter
+
+
+def adapter_of(task: str, configs: Mapping[str, Any], exclude: str | None = None) -> str | None:
+    """The adapter that holds `task` (by the task name in its config, then by the adapter's own name), or None."""
+    candidates = [name for name in configs if name != exclude]
+    for name in candidates:
+        if task_name_of(name, configs[name]) == task:
+            return name
+    return task if task in candidates else None
+
+
+def settle_history(adapter: str, configs: Mapping[str, Any]) -> None:
+    """Fill in `task_name` and `history` of a newly added adapter's config, and check them.
+
+    Args:
+        adapter: the adapter that is being added; its config is in `configs` already.
+        configs: the configs of all adapters of the model, in the order in which they were added.
+
+    Raises:
+        HistoryError: a name in the history does not exist (unless the config was read from a saved adapter, whose
+            history may be loaded later), or the history would form a cycle.
+    """
+    config = configs[adapter]
+    config.task_name = task_name_of(adapter, config)
+    others = {name: other for name, other in configs.items() if name != adapter}
+    if config.history is None:
+        tasks = [task_name_of(name, other) for name, other in others.items() if not other.combined]
+        config.history = list(dict.fromkeys(task for task in tasks if task != config.task_name))
+    saved = config.peft_aso_version is not None
+    settled = []
+    for task in config.history:
+        holder = adapter_of(task, others)
+        if holder is None and not saved and task != config.task_name:
+            raise HistoryError(
+                f"history={config.history}: there is no task {task!r} in this model. It holds: "
+                f"{', '.join(task_name_of(n, c) for n, c in others.items()) or 'no other task'}. Load it first, or "
+                "leave it out of the history."
+            )
+        settled.append(task if holder is None else task_name_of(holder, others[holder]))
+    config.history = settled
+    _refuse_cycle(config.task_name, configs)
+
+
+def _refuse_cycle(task: str, configs: Mapping[str, Any]) -> None:
+    """Raise if `task` is reachable from its own history."""
+    parents = {task_name_of(name, config): list(config.history or []) for name, config in configs.items()}
+    path = [task]
+
+    def visit(name: str) -> None:
+        for parent in parents.get(name, []):
+            if parent == task:
+                raise HistoryError(
+                    f"The history of {task!r} leads back to itself: {' -> '.join([*path, parent])} (each was trained "
+                    "on top of the next). One of these adapters has a wrong `history` in its adapter_config.json."
+                )
+            if parent not in path:
+                path.append(parent)
+                visit(parent)
+                path.pop()
+
+    visit(task)
