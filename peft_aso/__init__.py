@@ -7,7 +7,16 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from .attribution import AttributionVector, similarity
 from .registration import register
+from .training import (
+    ASOSeq2SeqTrainer,
+    ASOTrainer,
+    ASOTrainerMixin,
+    Coefficients,
+    compute_attribution,
+    update_coefficients,
+)
 from .tuner import ASOLoraConfig, ASOLoraModel, AttributionConfig, HistoryError, MissingHistoryError
 
 register()
@@ -15,7 +24,15 @@ register()
 __all__ = [
     "ASOLoraConfig",
     "ASOLoraModel",
+    "ASOSeq2SeqTrainer",
+    "ASOTrainer",
+    "ASOTrainerMixin",
     "AttributionConfig",
+    "AttributionVector",
+    "Coefficients",
     "HistoryError",
     "MissingHistoryError",
+    "compute_attribution",
+    "similarity",
+    "update_coefficients",
 ]

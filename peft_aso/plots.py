@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from peft_aso.metrics import AccuracyMatrix, in_percent, read_matrix
 
 if TYPE_CHECKING:
@@ -47,9 +49,8 @@ def plot_accuracy(matrix: AccuracyMatrix, tasks: Sequence[str], ax: Axes | None 
     _check_tasks(tasks, len(rows[0]), "The accuracy matrix")
     percent = rows if in_percent(rows) else [[100 * value for value in row] for row in rows]
     ax = _new_axes(len(tasks), len(rows)) if ax is None else ax
-    stages = [f"after {task}" for task in tasks[: len(rows)]]
-    _heat_map(ax, percent, stages, tasks, limits=(0, 100), colours="cividis")
-    _describe(ax, "Accuracy after each stage (%)", "task", "training stage")
+    _heat_map(ax, percent, tasks[: len(rows)], tasks, limits=(0, 100), colours="cividis")
+    _describe(ax, "Accuracy after each stage (%)", "task", "after training on")
     return ax
 
 
@@ -85,6 +86,7 @@ def plot_similarity(similarities: Similarities, tasks: Sequence[str], ax: Axes |
         ax.text(0.5, 0.5, "one task: no pairs", ha="center", va="center", transform=ax.transAxes)
         ax.set_xticks([])
         ax.set_yticks([])
+        ax.spines[:].set_visible(False)
     _describe(ax, "Similarity w of each pair", "history", "current task")
     return ax
 
@@ -138,25 +140,27 @@ def _heat_map(
     """One coloured cell with its number per entry; NaN entries stay blank."""
     low, high = limits
     image = ax.imshow(rows, cmap=colours, vmin=low, vmax=high, aspect="equal")
-    shades = image.to_rgba(rows)
-    size = 9 if len(column_names) <= 8 else 7
+    shades = image.to_rgba(np.asarray(rows))
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
             if math.isnan(value):
                 continue
-            number = f"{value:.1f}" if high == 100 else f"{value:.2f}"
-            dark = _luminance(shades[y][x]) < 0.18
-            ax.text(x, y, number, ha="center", va="center", size=size, color="white" if dark else "black")
+            # Where black and white contrast equally with the colour below.
+            dark = _luminance(shades[y][x]) < 0.179
+            colour = "white" if dark else "black"
+            ax.text(x, y, _number(value, high), ha="center", va="center", fontsize=9, color=colour)
     ax.set_xticks(range(len(column_names)), [_wrapped(name) for name in column_names])
     ax.tick_params(axis="x", labelrotation=45)
+    ax.set_yticks(range(len(row_names)), [_wrapped(name) for name in row_names])
     for label in ax.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(row_names)), [_wrapped(name) for name in row_names])
+    for label in ax.get_xticklabels() + ax.get_yticklabels():
+        label.set_parse_math(False)  # a name may hold dollar signs
     ax.tick_params(axis="both", length=0, labelsize=9)
-    # White lines between the cells, none around the blank ones' outer edge.
+    # Lines in the background's colour part the cells.
     ax.set_xticks([x + 0.5 for x in range(len(column_names) - 1)], minor=True)
     ax.set_yticks([y + 0.5 for y in range(len(row_names) - 1)], minor=True)
-    ax.grid(which="minor", color="white", linewidth=1.5)
+    ax.grid(which="minor", color=ax.get_facecolor(), linewidth=1.5)
     ax.tick_params(which="minor", length=0)
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.03)
@@ -214,6 +218,9 @@ def _check_tasks(tasks: Sequence[str], count: int, what: str) -> None:
     if isinstance(tasks, str) or len(tasks) != count or not tasks:
         given = repr(tasks) if isinstance(tasks, str) else f"{len(tasks)} names"
         raise ValueError(f"{what}: {given} for {count} tasks. Give a list with one name per task.")
+    twice = next((task for index, task in enumerate(tasks) if task in tasks[:index]), None)
+    if twice is not None:
+        raise ValueError(f"{what}: the name {twice!r} is there twice. Give every task a name of its own.")
 
 
 def _new_axes(columns: int, rows: int) -> Axes:
@@ -230,7 +237,7 @@ def _new_figure(width: float, height: float) -> Figure:
         raise ImportError(
             'Pictures need matplotlib, which is not installed: pip install "peft-aso[plots]"'
         ) from error
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -241,7 +248,15 @@ def _luminance(colour: Sequence[float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def _number(value: float, high: float) -> str:
+    """A percentage with one digit after the point, a correlation with two; no minus before a zero."""
+    digits = 1 if high == 100 else 2
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _wrapped(name: str) -> str:
     """A task's name on at most two lines, the rest cut with an ellipsis."""
-    lines = textwrap.wrap(name, LABEL_WIDTH, max_lines=2, placeholder="…")
-    return "\n".join(lines) or name
+    lines = textwrap.wrap(name, LABEL_WIDTH) or [name]
+    if len(lines) > 2:
+        lines = [lines[0], lines[1][: LABEL_WIDTH - 1].rstrip() + "…"]
+    return "\n".join(lines)

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 IGNORE = -100
-# An answer of a classification or a question-answering task has a handful of tokens, and a window of positions as
-# long as the answer is run steps x layers times: 64 admits every such answer with room, and stops the common
-# mistake of leaving the prompt's labels in, before it costs an hour.
+# An answer of a classification or a question-answering task has a handful of tokens, and a window of
+# positions as long as the answer is run steps x layers times: 64 admits every such answer with room, and
+# stops the common mistake of leaving the prompt's labels in, before it costs an hour.
 MAX_ANSWER_TOKENS = 64
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "seq_idx")
@@ -38,10 +38,10 @@ class Answer:
 
     Attributes:
         kind: "causal", "seq2seq", "token" or "sequence" (see the table above).
-        targets: int64; `(B, L)` with the id that the logits at each position are to predict, or -100; `(B,)` classes
-            for the kind "sequence".
-        positions: for each stack ("single", or "encoder" and "decoder"), bool `(B, L of that stack)`: where neurons
-            are scaled.
+        targets: int64; `(B, L)` with the id that the logits at each position are to predict, or -100; `(B,)`
+            classes for the kind "sequence".
+        positions: for each stack ("single", or "encoder" and "decoder"), bool `(B, L of that stack)`: where
+            neurons are scaled.
     """
 
     kind: str
@@ -60,14 +60,15 @@ def read_batch(
         max_answer_tokens: more labelled positions than this in one example are refused.
 
     Raises:
-        ValueError: no `labels`; none labelled in the batch or in a row; too many, or all; labels on padding; packed
-            sequences; labels that are not class or token ids, or out of range; labels whose shape fits no kind.
+        ValueError: no `labels`; none labelled in the batch or in a row; too many, or all; labels on padding;
+            packed sequences; labels that are not class or token ids, or out of range; labels whose shape fits
+            no kind.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
         raise ValueError(
-            "the batch has no `labels` tensor, so there is no answer to attribute; collate it with labels, -100 "
-            "where a token is not part of the answer"
+            "the batch has no `labels` tensor, so there is no answer to attribute; collate it with labels, "
+            "-100 where a token is not part of the answer"
         )
     device = _device(model)
     tensors = {key: _plain(value, device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -133,8 +134,9 @@ def _kind(model: nn.Module, labels: torch.Tensor) -> str:
     if encoder_decoder:
         if labels.ndim == 1 or not generates:
             raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder without a language-modelling head over its labels; "
-                "attribution knows encoder-decoders that generate the answer: use the ForConditionalGeneration class"
+                f"{type(model).__name__} is an encoder-decoder without a language-modelling head over its "
+                "labels; attribution knows encoder-decoders that generate the answer: use the "
+                "ForConditionalGeneration class"
             )
         return "seq2seq"
     if labels.ndim == 1:
@@ -147,8 +149,8 @@ def _check_ids(model: nn.Module, labels: torch.Tensor, kind: str) -> None:
     regression = getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
     if labels.is_floating_point() or (kind == "sequence" and (regression or config.num_labels == 1)):
         raise ValueError(
-            "labels of a regression or a multi-label task name no single answer, so P(y* given x) is not defined; "
-            "give integer labels: token ids, or one class per example"
+            "labels of a regression or a multi-label task name no single answer, so P(y* given x) is not "
+            "defined; give integer labels: token ids, or one class per example"
         )
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if kind == "sequence" or (kind == "token" and head is None):
@@ -162,8 +164,8 @@ def _check_ids(model: nn.Module, labels: torch.Tensor, kind: str) -> None:
         raise ValueError(f"the label of row {row} is -100: it has no answer; leave that example out")
     if wrong.any():
         raise ValueError(
-            f"label {int(labels[wrong][0])} is out of range: {type(model).__name__} has {size} {what}; check that the "
-            "tokenizer (or the label map) belongs to this model"
+            f"label {int(labels[wrong][0])} is out of range: {type(model).__name__} has {size} {what}; check "
+            "that the tokenizer (or the label map) belongs to this model"
         )
 
 
@@ -206,8 +208,8 @@ def _causal(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Ten
     if full.any():
         row = int(full.nonzero()[0])
         raise ValueError(
-            f"row {row} has labels on every token, the prompt's included: set the labels of the prompt to -100 "
-            "(a completion-only collator does), so that the answer is what is attributed"
+            f"row {row} has labels on every token, the prompt's included: set the labels of the prompt to "
+            "-100 (a completion-only collator does), so that the answer is what is attributed"
         )
     return Answer("causal", targets, {"single": positions})
 
@@ -217,12 +219,17 @@ def _seq2seq(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Te
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift is None:
             raise ValueError(
-                f"{type(model).__name__} cannot make decoder inputs from labels: add `decoder_input_ids` to the batch"
+                f"{type(model).__name__} cannot make decoder inputs from labels: add `decoder_input_ids` to "
+                "the batch"
             )
         inputs["decoder_input_ids"] = shift(labels)
-    decoder = inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["decoder_inputs_embeds"]
+    decoder = (
+        inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["decoder_inputs_embeds"]
+    )
     if decoder.shape[:2] != labels.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} and decoder inputs {tuple(decoder.shape[:2])} differ in shape")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} and decoder inputs {tuple(decoder.shape[:2])} differ in shape"
+        )
     positions = labels != IGNORE
     _check_rows(positions)
     return Answer("seq2seq", labels, {"encoder": _tokens(inputs), "decoder": positions})
@@ -260,7 +267,8 @@ def _pooled(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: torch.Ten
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the first of two tokens is blind to the second, found by running the backbone on two such pairs."""
+    """Whether the first of two tokens is blind to the second, found by running the backbone on two such
+    pairs."""
     backbone: Any = getattr(model, "base_model", model)
     device = _device(model)
     ids = torch.tensor([[5, 6], [5, 7]], device=device)
@@ -279,13 +287,13 @@ def _check_rows(labelled: torch.Tensor) -> None:
     empty = ~labelled.any(1)
     if empty.all():
         raise ValueError(
-            "no label of the batch is an answer token: all are -100 (for a causal model, the first label of a row "
-            "predicts nothing). Check that truncation did not cut the answers off"
+            "no label of the batch is an answer token: all are -100 (for a causal model, the first label of "
+            "a row predicts nothing). Check that truncation did not cut the answers off"
         )
     if empty.any():
         raise ValueError(
-            f"row {int(empty.nonzero()[0])} has no answer token: all its labels are -100. Leave that example out, or "
-            "check that truncation did not cut its answer off"
+            f"row {int(empty.nonzero()[0])} has no answer token: all its labels are -100. Leave that example "
+            "out, or check that truncation did not cut its answer off"
         )
 
 
@@ -293,7 +301,9 @@ def _check_padding(labelled: torch.Tensor, tokens: torch.Tensor) -> None:
     wrong = (labelled & ~tokens).any(1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(f"row {row} has labels on padding: set them to -100, or set attention_mask to 1 there")
+        raise ValueError(
+            f"row {row} has labels on padding: set them to -100, or set attention_mask to 1 there"
+        )
 
 
 def _check_amount(answer: Answer, labels: torch.Tensor, most: int) -> None:
@@ -301,6 +311,7 @@ def _check_amount(answer: Answer, labels: torch.Tensor, most: int) -> None:
     if (counts > most).any():
         row = int((counts > most).nonzero()[0])
         raise ValueError(
-            f"row {row} has {int(counts[row])} answer tokens, more than max_answer_tokens={most}: if its prompt is "
-            f"labelled, mask the prompt with -100; if the answer is that long, raise max_answer_tokens"
+            f"row {row} has {int(counts[row])} answer tokens, more than max_answer_tokens={most}: if its "
+            "prompt is labelled, mask the prompt with -100; if the answer is that long, raise "
+            "max_answer_tokens"
         )

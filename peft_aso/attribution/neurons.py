@@ -1,8 +1,8 @@
 """Finding the FFN neurons of a transformer (Eq. 8): the inputs of each block's down projection.
 
-They are found by structure, not by a list of model names. Among the linear layers of a block that are not part of
-its attention, the down projection is the last one mapping f features to h, for which an earlier one maps h to f (or
-to 2f, where gate and up projection are one matrix).
+They are found by structure, not by a list of model names. Among the linear layers of a block that are not
+part of its attention, the down projection is the last one mapping f features to h, for which an earlier one
+maps h to f (or to 2f, where gate and up projection are one matrix).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         if getattr(settings, "is_prompt_learning", False):
             raise ValueError(
                 "prompt-learning adapters (prompt, prefix or P-tuning) put tokens in front of the model from "
-                "outside, which attribution cannot follow; use an adapter that lives in the layers, such as LoRA"
+                "outside, which attribution cannot follow; use an adapter that lives in the layers, such as "
+                "LoRA"
             )
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
@@ -68,11 +69,12 @@ def find_neurons(model: nn.Module, neurons: str | Sequence[str] | None = None) -
 
     Args:
         model: a transformers model; wrappers are looked through.
-        neurons: None finds them by structure. A string is a regular expression that must match the whole module
-            name; a list holds suffixes of module names, as PEFT's `target_modules` does.
+        neurons: None finds them by structure. A string is a regular expression that must match the whole
+            module name; a list holds suffixes of module names, as PEFT's `target_modules` does.
 
     Raises:
-        ValueError: none found, experts (fused or in a list) in a block, or a setting that matches no linear layer.
+        ValueError: none found, experts (fused or in a list) in a block, or a setting that matches no linear
+            layer.
     """
     model = unwrap(model)
     names = {module: name for name, module in model.named_modules()}
@@ -81,20 +83,23 @@ def find_neurons(model: nn.Module, neurons: str | Sequence[str] | None = None) -
         found = [down for _, blocks in stacks for block in blocks if (down := _down_projection(block, names))]
         if not found:
             raise ValueError(
-                f"no FFN down projection found in {type(model).__name__}: no block has a linear layer from its hidden "
-                f"size to f features followed by one back from f. Name them with {_SETTING}: a regular expression "
-                "for whole module names, or a list of suffixes such as ['down_proj']"
+                f"no FFN down projection found in {type(model).__name__}: no block has a linear layer from "
+                f"its hidden size to f features followed by one back from f. Name them with {_SETTING}: a "
+                "regular expression for whole module names, or a list of suffixes such as ['down_proj']"
             )
     else:
         found = _named(model, neurons)
-    where = {block: (prefix, blocks, index) for prefix, blocks in stacks for index, block in enumerate(blocks)}
+    where = {
+        block: (prefix, blocks, index) for prefix, blocks in stacks for index, block in enumerate(blocks)
+    }
     owner = {module: block for block in where for module in block.modules()}
     order = {module: index for index, module in enumerate(names)}
     return [_layer(model, module, names, owner, where) for module in sorted(found, key=lambda m: order[m])]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, transformers' Conv1D, quantized linears and adapters around them: all say their two widths."""
+    """nn.Linear, transformers' Conv1D, quantized linears and adapters around them: all say their two
+    widths."""
     return _widths(module) is not None
 
 
@@ -118,7 +123,8 @@ def _stacks(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
 
 
 def _linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, int, int]]:
-    """(name, module, in, out) of the linear layers below `module`, attention left out, in order of registration."""
+    """(name, module, in, out) of the linear layers below `module`, attention left out, in order of
+    registration."""
     widths = _widths(module)
     if widths is not None:
         yield name, module, *widths
@@ -137,7 +143,9 @@ def _down_projection(block: nn.Module, names: dict[nn.Module, str]) -> nn.Module
 def _last_down(linears: list[tuple[nn.Module, int, int]]) -> nn.Module | None:
     for index in range(len(linears) - 1, 0, -1):
         module, size, hidden = linears[index]
-        if any(width_in == hidden and width_out in (size, 2 * size) for _, width_in, width_out in linears[:index]):
+        if any(
+            width_in == hidden and width_out in (size, 2 * size) for _, width_in, width_out in linears[:index]
+        ):
             return module
     return None
 
@@ -155,9 +163,9 @@ def _refuse_experts(block: nn.Module, names: dict[nn.Module, str]) -> None:
                 culprit = module
         if culprit is not None:
             raise ValueError(
-                f"{names[culprit]} looks like a mixture of experts: a token passes through some of its FFNs only, so "
-                f"its neurons cannot be found by structure. Name the modules to attribute with {_SETTING}, for "
-                "instance the dense or shared FFNs of the model"
+                f"{names[culprit]} looks like a mixture of experts: a token passes through some of its FFNs "
+                "only, so its neurons cannot be found by structure. Name the modules to attribute with "
+                f"{_SETTING}, for instance the dense or shared FFNs of the model"
             )
 
 
@@ -188,8 +196,10 @@ def _named(model: nn.Module, neurons: str | Sequence[str]) -> list[nn.Module]:
     if not found:
         examples = [name for name, module in model.named_modules() if is_linear(module)][:6]
         raise ValueError(
-            f"neurons={neurons!r} matches no linear layer of {type(model).__name__}. A string is a regular expression "
-            "for the whole module name, a list holds suffixes; linear layers here are " + ", ".join(examples) + ", ..."
+            f"neurons={neurons!r} matches no linear layer of {type(model).__name__}. A string is a regular "
+            "expression for the whole module name, a list holds suffixes; linear layers here are "
+            + ", ".join(examples)
+            + ", ..."
         )
     return found
 

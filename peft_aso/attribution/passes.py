@@ -1,7 +1,8 @@
 """One forward pass over rows that repeat the examples of a batch, in the plain form and in the fast one.
 
-A pass is called with the example of each row and answers with log P(y* given x) of each row (Eq. 9). How it gets
-there is its own affair: `PlainPass` runs the whole batch as it was given, `WindowPass` (window.py) only the answer.
+A pass is called with the example of each row and answers with log P(y* given x) of each row (Eq. 9). How it
+gets there is its own affair: `PlainPass` runs the whole batch as it was given, `WindowPass` (window.py) only
+the answer.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class PlainPass(Pass):
     def __init__(self, model: nn.Module, inputs: dict[str, torch.Tensor], answer: Answer) -> None:
         self.model, self.inputs, self.positions = model, inputs, answer.positions
         self.batch_size = len(answer.targets)
-        self.targets, self.options = answer.targets, forward_options(model)
+        self.targets, self.options = answer.targets, forward_options()
         if answer.kind != "sequence":
             self.targets, self.options = keep_labelled(model, answer.targets, self.options)
         if "use_cache" in forward_parameters(model):
@@ -72,7 +73,7 @@ class PlainPass(Pass):
         return 3 * self.targets[0].numel() * vocabulary(self.model)
 
 
-def forward_options(model: nn.Module) -> dict[str, Any]:
+def forward_options() -> dict[str, Any]:
     """Options of every forward call; given as arguments, so that the model's configuration stays as it is."""
     return {"return_dict": True}
 

@@ -1,8 +1,8 @@
 """A cache of keys and values that is read and never written.
 
-The prompt's keys and values are computed once for each example. Many forward passes over the answer read them, each
-with its own choice of examples as rows; `update` answers with the prompt's and the new ones side by side and keeps
-nothing of the new.
+The prompt's keys and values are computed once for each example. Many forward passes over the answer read
+them, each with its own choice of examples as rows; `update` answers with the prompt's and the new ones side
+by side and keeps nothing of the new.
 """
 
 from __future__ import annotations
@@ -66,14 +66,16 @@ class FixedLayer(CacheLayerMixin):
 
 
 def writable(encoder_decoder: bool) -> Cache:
-    """A cache to fill with a prompt. Sliding layers keep all their keys in it: masks, not the cache, cut them off."""
+    """A cache to fill with a prompt. Sliding layers keep all their keys in it: masks, not the cache, cut them
+    off."""
     if encoder_decoder:
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache()
 
 
 def empty_prompt(encoder_decoder: bool) -> Cache:
-    """The cache of a prompt without tokens; for an encoder-decoder, the cross-attention part is yet to be filled."""
+    """The cache of a prompt without tokens; for an encoder-decoder, the cross-attention part is yet to be
+    filled."""
     fixed = Cache(layer_class_to_replicate=FixedLayer)
     return EncoderDecoderCache(fixed, DynamicCache()) if encoder_decoder else fixed
 
@@ -87,8 +89,12 @@ def read_only(cache: Cache, rows: torch.Tensor) -> Cache:
     layers = []
     for layer in cache.layers:
         if not isinstance(layer, CacheLayerMixin):
-            raise TypeError(f"a {type(layer).__name__} keeps a running state, not one key and value for each token")
-        keys, values = (layer._keys, layer._values) if isinstance(layer, FixedLayer) else (layer.keys, layer.values)
+            raise TypeError(
+                f"a {type(layer).__name__} keeps a running state, not one key and value for each token"
+            )
+        keys, values = (
+            (layer._keys, layer._values) if isinstance(layer, FixedLayer) else (layer.keys, layer.values)
+        )
         layers.append(FixedLayer(keys, values, rows))
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=FixedLayer)
 
@@ -97,5 +103,7 @@ def floats_per_row(cache: Cache) -> int:
     """How many numbers one row of the cache shows to the model, over all layers."""
     if isinstance(cache, EncoderDecoderCache):
         return floats_per_row(cache.self_attention_cache) + floats_per_row(cache.cross_attention_cache)
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    tensors = [
+        tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
+    ]
     return sum(tensor[0].numel() for tensor in tensors)

@@ -1,8 +1,8 @@
 """Recording one forward pass of a model, and replaying parts of it.
 
-Attribution looks at one layer at a time. What comes below that layer is the same in every step, so it is recorded
-once and handed on (`skipped`), and the layer's neurons are replaced by a fraction of what they were (`scaled`).
-Whatever these contexts put on a module is gone when they end, after an exception too.
+Attribution looks at one layer at a time. What comes below that layer is the same in every step, so it is
+recorded once and handed on (`skipped`), and the layer's neurons are replaced by a fraction of what they were
+(`scaled`). Whatever these contexts put on a module is gone when they end, after an exception too.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class Recording:
 
 
 @contextmanager
-def recorded(layers: Sequence[NeuronLayer], positions: dict[str, torch.Tensor], outputs: bool) -> Iterator[Recording]:
+def recorded(
+    layers: Sequence[NeuronLayer], positions: dict[str, torch.Tensor], outputs: bool
+) -> Iterator[Recording]:
     """Record the neurons of `layers` in the forward pass run inside, and (`outputs`) the block below each.
 
     Raises:
-        ValueError: a layer that ran not once but several times (weights shared by blocks) or never, or whose input
-            is not one vector per position (experts).
+        ValueError: a layer that ran not once but several times (weights shared by blocks) or never, or whose
+            input is not one vector per position (experts).
     """
     recording = Recording()
     runs = {layer.name: 0 for layer in layers}
@@ -50,7 +52,9 @@ def recorded(layers: Sequence[NeuronLayer], positions: dict[str, torch.Tensor], 
 
     with ExitStack() as stack:
         for layer in layers:
-            hook = layer.module.register_forward_pre_hook(lambda _, args, layer=layer: on_neurons(layer, args))
+            hook = layer.module.register_forward_pre_hook(
+                lambda _, args, layer=layer: on_neurons(layer, args)
+            )
             stack.callback(hook.remove)
             below = (layer.stack, layer.block_index - 1)
             if outputs and layer.block_index > 0:
@@ -64,8 +68,8 @@ def recorded(layers: Sequence[NeuronLayer], positions: dict[str, torch.Tensor], 
     for name, count in runs.items():
         if count != 1:
             raise ValueError(
-                f"{name} ran {count} times in one forward pass, so it has no single set of neurons (blocks that "
-                "share weights, or experts); leave it out with `neurons=`"
+                f"{name} ran {count} times in one forward pass, so it has no single set of neurons (blocks "
+                "that share weights, or experts); leave it out with `neurons=`"
             )
 
 
@@ -84,7 +88,9 @@ def scaled(
         the scaled neurons, `(R, W, size)`, at least float32: the leaf to differentiate by.
     """
     precise = torch.promote_types(neurons.dtype, torch.float32)
-    leaf = (neurons.to(precise) * factors.to(device=neurons.device, dtype=precise)[:, None, None]).requires_grad_()
+    leaf = (
+        neurons.to(precise) * factors.to(device=neurons.device, dtype=precise)[:, None, None]
+    ).requires_grad_()
     chosen = positions.to(neurons.device)[..., None]
 
     def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -101,7 +107,8 @@ def scaled(
 
 @contextmanager
 def skipped(layer: NeuronLayer, recording: Recording, batch_size: int, rows: torch.Tensor) -> Iterator[None]:
-    """Let the blocks below `layer` return what the one just below it returned when it was recorded, for `rows`."""
+    """Let the blocks below `layer` return what the one just below it returned when it was recorded, for
+    `rows`."""
     below = layer.blocks[: max(layer.block_index, 0)]
     if not below:
         yield
@@ -140,17 +147,18 @@ def take(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
         return tuple(take(item, rows, batch_size) for item in value)
     if isinstance(value, list):
         return [take(item, rows, batch_size) for item in value]
-    if isinstance(value, dict):
-        return {key: take(item, rows, batch_size) for key, item in value.items()}
+    if isinstance(value, dict):  # a ModelOutput is one, and stays one
+        return type(value)(**{key: take(item, rows, batch_size) for key, item in value.items()})
     return value
 
 
 def _by_position(neurons: torch.Tensor, positions: torch.Tensor, layer: NeuronLayer) -> torch.Tensor:
-    """`(R, W, size)` from what a down projection is given: some models (OPT, once) flatten rows and positions."""
+    """`(R, W, size)` from what a down projection is given: some models (OPT, once) flatten rows and
+    positions."""
     rows, width = positions.shape
     if neurons.numel() != rows * width * layer.size:
         raise ValueError(
-            f"the input of {layer.name} has shape {tuple(neurons.shape)}, not one vector of {layer.size} for each of "
-            f"{rows} x {width} positions (experts see some tokens only); leave it out with `neurons=`"
+            f"the input of {layer.name} has shape {tuple(neurons.shape)}, not one vector of {layer.size} for "
+            f"each of {rows} x {width} positions (experts see some tokens only); leave it out with `neurons=`"
         )
     return neurons.reshape(rows, width, layer.size)

@@ -1,4 +1,5 @@
-"""How alike two attribution vectors are (Eq. 13): Spearman's rank correlation, or Pearson's, or the cosine."""
+"""How alike two attribution vectors are (Eq. 13): Spearman's rank correlation, or Pearson's, or the
+cosine."""
 
 from __future__ import annotations
 
@@ -32,12 +33,13 @@ def similarity(a: torch.Tensor, b: torch.Tensor, method: str = "spearman") -> to
     """Correlation of vectors along the last dimension (Eq. 13), from -1 to 1.
 
     Args:
-        a, b: `(..., N)` tensors; the leading dimensions broadcast, so one vector may meet many, and is ranked once.
+        a, b: `(..., N)` tensors; the leading dimensions broadcast, so one vector may meet many, and is ranked
+            once.
         method: "spearman" (the paper's; equal values share their mean rank), "pearson" or "cosine".
 
     Returns:
-        float64, the broadcast leading shape. A vector that is constant (all zero, for the cosine) carries no order
-        and gives 0, not NaN.
+        float64, the broadcast leading shape. A vector that is constant (all zero, for the cosine) carries no
+        order and gives 0, not NaN.
 
     Raises:
         ValueError: unknown method, shapes that do not fit, an empty last dimension, NaN or Inf in the input.
@@ -62,10 +64,13 @@ def _check_shapes(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _prepared(x: torch.Tensor, label: str, method: str) -> torch.Tensor:
-    """Unit vectors in float64 whose dot products are the correlations; zero where there is nothing to compare."""
+    """Unit vectors in float64 whose dot products are the correlations; zero where there is nothing to
+    compare."""
     x = x.detach()
     if not torch.isfinite(x).all():
-        raise ValueError(f"NaN or Inf in the vectors given as `{label}`: check the model's weights and its precision")
+        raise ValueError(
+            f"NaN or Inf in the vectors given as `{label}`: check the model's weights and its precision"
+        )
     if x.device.type == "mps":  # no float64 there
         x = x.cpu()
     x = average_ranks(x) if method == "spearman" else x.double()

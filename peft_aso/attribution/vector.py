@@ -1,4 +1,5 @@
-"""What attribution gives back: one number per neuron and example (Eq. 10-12), with the names that go with it."""
+"""What attribution gives back: one number per neuron and example (Eq. 10-12), with the names that go with
+it."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ class AttributionVector:
     """Integrated gradients of P(y* given x) for every FFN neuron of a model, one row per example (Eq. 10-12).
 
     A long answer has a probability far below the smallest float32, so scores are kept apart from their size:
-    `values * exp(log_scale)` is Eq. 11. The scale is one positive number per example for all neurons, hence every
-    rank, sign and cosine of `values` is that of the scores themselves.
+    `values * exp(log_scale)` is Eq. 11. The scale is one positive number per example for all neurons, hence
+    every rank, sign and cosine of `values` is that of the scores themselves.
 
     Attributes:
         values: float32 `(batch, N)`, Eq. 11 divided by `exp(log_scale)`.
         log_probability: float32 `(batch,)`, log P(y* given x) of the unscaled model (Eq. 9).
-        log_scale: float32 `(batch,)`, the log of what `values` were divided by: `log_probability`, or more where
-            some scaled model finds the answer so much likelier that float32 would overflow.
+        log_scale: float32 `(batch,)`, the log of what `values` were divided by: `log_probability`, or more
+            where some scaled model finds the answer so much likelier that float32 would overflow.
         layout: `(module name, start, stop)` for each layer in order; module names are relative to the
             transformers model, without wrappers such as PEFT's.
     """
@@ -40,11 +41,15 @@ class AttributionVector:
         batch = (self.values.shape[0],)
         for label, tensor in (("log_probability", self.log_probability), ("log_scale", self.log_scale)):
             if tuple(tensor.shape) != batch:
-                raise ValueError(f"{label} must have shape {batch} to go with values, got {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{label} must have shape {batch} to go with values, got {tuple(tensor.shape)}"
+                )
         position = 0
         for name, start, stop in self.layout:
             if start != position or stop <= start:
-                raise ValueError(f"layout must be contiguous from 0: {name!r} is ({start}, {stop}) after {position}")
+                raise ValueError(
+                    f"layout must be contiguous from 0: {name!r} is ({start}, {stop}) after {position}"
+                )
             position = stop
         if position != self.values.shape[1]:
             raise ValueError(f"layout covers {position} neurons but values have {self.values.shape[1]}")
@@ -56,7 +61,8 @@ class AttributionVector:
         return (_wide(self.values) * scale[:, None]).to(device=self.values.device, dtype=torch.float32)
 
     def layer(self, name: str) -> torch.Tensor:
-        """The columns of `values` that belong to module `name`, `(batch, size)`; KeyError if it is not in layout."""
+        """The columns of `values` that belong to module `name`, `(batch, size)`; KeyError if it is not in
+        layout."""
         for known, start, stop in self.layout:
             if known == name:
                 return self.values[:, start:stop]
@@ -72,31 +78,39 @@ class AttributionVector:
         layout = other.layout if isinstance(other, AttributionVector) else list(other)
         if len(layout) != len(self.layout):
             raise ValueError(
-                f"attribution vectors of different models: {len(self.layout)} layers here, {len(layout)} there; "
-                "compare vectors of one base model, computed with the same `neurons=`"
+                f"attribution vectors of different models: {len(self.layout)} layers here, {len(layout)} "
+                "there; compare vectors of one base model, computed with the same `neurons=`"
             )
-        for (name, start, stop), (name_there, start_there, stop_there) in zip(self.layout, layout, strict=True):
+        for (name, start, stop), (name_there, start_there, stop_there) in zip(
+            self.layout, layout, strict=True
+        ):
             if name != name_there or stop - start != stop_there - start_there:
                 raise ValueError(
                     f"attribution vectors of different models: {name!r} with {stop - start} neurons here, "
-                    f"{name_there!r} with {stop_there - start_there} there; compare vectors of one base model, "
-                    "computed with the same `neurons=`"
+                    f"{name_there!r} with {stop_there - start_there} there; compare vectors of one base "
+                    "model, computed with the same `neurons=`"
                 )
 
     def mean_vector(self) -> torch.Tensor:
         """The mean over examples of Eq. 11, `(N,)`, up to one positive factor.
 
         Scores are weighed against each other by their true sizes, but the mean is divided by the largest
-        `exp(log_scale)`, so that it is not zero when every answer is long. Ranks, cosine and Pearson are the same.
+        `exp(log_scale)`, so that it is not zero when every answer is long. Ranks, cosine and Pearson are the
+        same.
         """
         scale = _wide(self.log_scale)
         weights = torch.exp(scale - scale.max())
-        return (_wide(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
+        return (
+            (_wide(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
+        )
 
     def to(self, device: torch.device | str) -> AttributionVector:
         """The same vector with its tensors on `device`."""
         return AttributionVector(
-            self.values.to(device), self.log_probability.to(device), self.log_scale.to(device), list(self.layout)
+            self.values.to(device),
+            self.log_probability.to(device),
+            self.log_scale.to(device),
+            list(self.layout),
         )
 
     def __len__(self) -> int:
@@ -124,11 +138,15 @@ _LOG_CEILING = 80.0
 
 
 def assemble(
-    parts: Sequence[torch.Tensor], log_sizes: Sequence[torch.Tensor], log_probability: torch.Tensor, layout: Layout
+    parts: Sequence[torch.Tensor],
+    log_sizes: Sequence[torch.Tensor],
+    log_probability: torch.Tensor,
+    layout: Layout,
 ) -> AttributionVector:
     """Layers computed apart, each `(batch, size)` float64 times its own `exp(log_size)`, in one vector.
 
-    The common scale is P(y* given x) of the unscaled model, raised for a whole example if float32 would overflow.
+    The common scale is P(y* given x) of the unscaled model, raised for a whole example if float32 would
+    overflow.
     """
     log_scale = log_probability.clone()
     for part, log_size in zip(parts, log_sizes, strict=True):

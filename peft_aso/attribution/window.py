@@ -1,11 +1,13 @@
-"""The fast way to run a causal model or a decoder: the prompt once, then only the answer's window, many rows at once.
+"""The fast way to run a causal model or a decoder: the prompt once, then only the answer's window, many rows
+at once.
 
-Neurons at the positions that predict an answer cannot change anything before them in a causal model, so the prompt's
-keys and values (and the encoder's, for a cross-attention) are the same in every step: they are computed once. What
-is run again is the window from the first to the last position that predicts an answer token.
+Neurons at the positions that predict an answer cannot change anything before them in a causal model, so the
+prompt's keys and values (and the encoder's, for a cross-attention) are the same in every step: they are
+computed once. What is run again is the window from the first to the last position that predicts an answer
+token.
 
-Examples of a causal batch have prompts and answers of different lengths. The batch is laid out anew, so that the
-windows of all rows start in one column:
+Examples of a causal batch have prompts and answers of different lengths. The batch is laid out anew, so that
+the windows of all rows start in one column:
 
     given:   p p p a a .        laid out:   p p p | a a
              p a . . . .                    . . p | a .
@@ -16,6 +18,7 @@ Positions are passed explicitly, equal to those that the model would have used o
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,6 +31,10 @@ from .prompt_cache import empty_prompt, floats_per_row, read_only, writable
 from .replay import take
 
 
+# how a model numbers tokens does not change while it lives
+_conventions: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
 class FastWayUnsupported(ValueError):
     """This batch, or this model, cannot be run the fast way; the plain way can."""
 
@@ -35,8 +42,8 @@ class FastWayUnsupported(ValueError):
 class WindowPass(Pass):
     """Rows of answer windows over cached prompts.
 
-    Subclasses say what the prompt and the window are: `window` are the model's arguments for the window with the
-    batch in the first dimension, `cache` the prompt's keys and values.
+    Subclasses say what the prompt and the window are: `window` are the model's arguments for the window with
+    the batch in the first dimension, `cache` the prompt's keys and values.
     """
 
     window: dict[str, Any]
@@ -61,12 +68,14 @@ class CausalWindow(WindowPass):
 
     Args:
         inputs, answer: of `read_batch`.
-        positions_by: "column" or "rank", see `position_convention`; decides position_ids if the batch has none.
-        extra_padding: columns of padding in front of every prompt, for the self-check: a model that counts columns
-            where it should read position_ids gives itself away.
+        positions_by: "column" or "rank", see `position_convention`; decides position_ids if the batch has
+            none.
+        extra_padding: columns of padding in front of every prompt, for the self-check: a model that counts
+            columns where it should read position_ids gives itself away.
 
     Raises:
-        FastWayUnsupported: attention masks with holes or with four dimensions, inputs that are not one per token.
+        FastWayUnsupported: attention masks with holes or with four dimensions, inputs that are not one per
+        token.
     """
 
     def __init__(
@@ -91,13 +100,17 @@ class CausalWindow(WindowPass):
         prompt_real, window_real = prompt >= first[:, None], window < end[:, None]
         columns = torch.cat([prompt, window], 1).clamp(0, width - 1)
         mask = torch.cat([prompt_real, window_real], 1)
-        laid = {name: _gather(name, tensor, columns) for name, tensor in inputs.items() if name != "attention_mask"}
+        laid = {
+            name: _gather(name, tensor, columns)
+            for name, tensor in inputs.items()
+            if name != "attention_mask"
+        }
         if "position_ids" not in laid and "position_ids" in forward_parameters(model):
             ids = places if positions_by == "column" else (tokens.cumsum(1) - 1).clamp(min=0)
             laid["position_ids"] = ids.gather(1, columns)
         self.positions = {"single": chosen.gather(1, window.clamp(max=width - 1)) & window_real}
         targets = answer.targets.gather(1, window.clamp(max=width - 1)).masked_fill(~window_real, IGNORE)
-        self.targets, self.options = keep_labelled(model, targets, forward_options(model))
+        self.targets, self.options = keep_labelled(model, targets, forward_options())
         self._prompt = {name: tensor[:, :before] for name, tensor in laid.items()}
         self._prompt["attention_mask"] = mask[:, :before].long()
         self.window = {name: tensor[:, before:] for name, tensor in laid.items()}
@@ -108,7 +121,7 @@ class CausalWindow(WindowPass):
         if length == 0:
             return empty_prompt(encoder_decoder=False)
         cache = writable(encoder_decoder=False)
-        options: dict[str, Any] = forward_options(self.model)
+        options: dict[str, Any] = forward_options()
         if "logits_to_keep" in self.options:
             options["logits_to_keep"] = 1
         with torch.no_grad():
@@ -119,8 +132,8 @@ class CausalWindow(WindowPass):
 
 
 class DecoderWindow(WindowPass):
-    """The decoder of an encoder-decoder. Runs the encoder when it is made, and the decoder on the labels before any
-    answer (mostly none: answers start in the first column, and share one window)."""
+    """The decoder of an encoder-decoder. Runs the encoder when it is made, and the decoder on the labels
+    before any answer (mostly none: answers start in the first column, and share one window)."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, torch.Tensor], answer: Answer) -> None:
         self.model, self.batch_size = model, len(answer.targets)
@@ -128,8 +141,8 @@ class DecoderWindow(WindowPass):
         columns = chosen.any(0).nonzero()[:, 0]
         start, end = int(columns[0]), int(columns[-1]) + 1
         self.positions = {"decoder": chosen[:, start:end]}
-        self.targets, self.options = keep_labelled(model, answer.targets[:, start:end], forward_options(model))
-        sides = {True: {}, False: {}}  # type: dict[bool, dict[str, torch.Tensor]]
+        self.targets, self.options = keep_labelled(model, answer.targets[:, start:end], forward_options())
+        sides: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         for name, tensor in inputs.items():
             sides[name.startswith("decoder_")][name] = tensor
         shared = self._encode(sides[False])
@@ -142,7 +155,7 @@ class DecoderWindow(WindowPass):
         with torch.no_grad():
             if start > 0:
                 self.cache = writable(encoder_decoder=True)
-                self.model(**prompt, **forward_options(model), past_key_values=self.cache, use_cache=True)
+                self.model(**prompt, **forward_options(), past_key_values=self.cache, use_cache=True)
             else:
                 # a cache without a past: one pass over the window fills the cross-attention's part of it
                 self.cache = empty_prompt(encoder_decoder=True)
@@ -153,7 +166,9 @@ class DecoderWindow(WindowPass):
         accepted = forward_parameters(encoder)
         foreign = [name for name in inputs if name not in accepted]
         if foreign:
-            raise FastWayUnsupported(f"the encoder of {type(self.model).__name__} does not take {', '.join(foreign)}")
+            raise FastWayUnsupported(
+                f"the encoder of {type(self.model).__name__} does not take {', '.join(foreign)}"
+            )
         with torch.no_grad():
             states = encoder(**inputs, return_dict=True)
         kept = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
@@ -161,7 +176,8 @@ class DecoderWindow(WindowPass):
 
 
 def position_convention(model: nn.Module, inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> str:
-    """How a causal model numbers the tokens of a batch without position_ids: "column", or "rank" among real tokens.
+    """How a causal model numbers the tokens of a batch without position_ids: "column", or "rank" among real
+    tokens.
 
     They differ where padding is on the left (Llama counts columns, OPT counts tokens). One short row with
     padding, cut from the batch, is run with neither, and then with each.
@@ -174,6 +190,14 @@ def position_convention(model: nn.Module, inputs: dict[str, torch.Tensor], posit
     first = int(_first(tokens)[row])
     if first == 0 or "position_ids" in inputs or "position_ids" not in forward_parameters(model):
         return "column"
+    if model not in _conventions:
+        _conventions[model] = _observed_convention(model, inputs, tokens, row, first)
+    return _conventions[model]
+
+
+def _observed_convention(
+    model: nn.Module, inputs: dict[str, torch.Tensor], tokens: torch.Tensor, row: int, first: int
+) -> str:
     cut = slice(max(first - 2, 0), first + 4)
     short = {name: tensor[row : row + 1, cut] for name, tensor in inputs.items()}
     real = tokens[row : row + 1, cut]
@@ -211,5 +235,7 @@ def _first(mask: torch.Tensor) -> torch.Tensor:
 def _gather(name: str, tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     if tensor.ndim < 2 or tensor.shape[0] != columns.shape[0]:
         raise FastWayUnsupported(f"{name} of shape {tuple(tensor.shape)} is not one entry per token")
-    index = columns.reshape(*columns.shape, *([1] * (tensor.ndim - 2))).expand(*columns.shape, *tensor.shape[2:])
+    index = columns.reshape(*columns.shape, *([1] * (tensor.ndim - 2))).expand(
+        *columns.shape, *tensor.shape[2:]
+    )
     return tensor.gather(1, index)

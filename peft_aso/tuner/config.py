@@ -41,6 +41,8 @@ class AttributionConfig:
             Of an encoder-decoder: `"all"`, `"encoder"` or `"decoder"` neurons.
         max_rows (`int`, *optional*):
             Most rows (examples x steps) that run through the model at once. `None` chooses.
+        max_answer_tokens (`int`):
+            A longer answer is refused: most often it is a prompt whose labels were not set to -100.
         attribution_model (`str`):
             What "the model of task t" is: `"cumulative"` (base + adapters 1..t), `"task"` (base + adapter t alone,
             Eq. 2) or `"auto"` (cumulative when the history is in the forward pass while a task trains, else task).
@@ -49,7 +51,8 @@ class AttributionConfig:
         absolute (`bool`):
             Compare absolute scores instead of signed ones.
         similarity (`str`):
-            `"spearman"` (the paper), `"pearson"` or `"cosine"`.
+            `"spearman"` (the paper), `"pearson"`, `"cosine"`, or `"none"`: w = 0 and psi = 1 (hard orthogonality, as
+            O-LoRA), and no attribution is computed at all.
         granularity (`str`):
             `"task"` (one w for each earlier task) or `"layer"` (one for each earlier task and layer).
         source (`str`):
@@ -69,10 +72,11 @@ class AttributionConfig:
     neurons: str | list[str] | None = None
     stacks: Literal["all", "encoder", "decoder"] = "all"
     max_rows: int | None = None
+    max_answer_tokens: int = 64
     attribution_model: Literal["auto", "cumulative", "task"] = "auto"
     aggregation: Literal["per_example", "mean"] = "per_example"
     absolute: bool = False
-    similarity: Literal["spearman", "pearson", "cosine"] = "spearman"
+    similarity: Literal["spearman", "pearson", "cosine", "none"] = "spearman"
     granularity: Literal["task", "layer"] = "task"
     source: Literal["current", "stored"] = "current"
     clip: bool = False
@@ -84,10 +88,10 @@ class AttributionConfig:
         _check_choice("stacks", self.stacks, ("all", "encoder", "decoder"))
         _check_choice("attribution_model", self.attribution_model, ("auto", "cumulative", "task"))
         _check_choice("aggregation", self.aggregation, ("per_example", "mean"))
-        _check_choice("similarity", self.similarity, ("spearman", "pearson", "cosine"))
+        _check_choice("similarity", self.similarity, ("spearman", "pearson", "cosine", "none"))
         _check_choice("granularity", self.granularity, ("task", "layer"))
         _check_choice("source", self.source, ("current", "stored"))
-        for name in ("steps", "probe_size"):
+        for name in ("steps", "probe_size", "max_answer_tokens"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
         if self.max_rows is not None and self.max_rows < 1:

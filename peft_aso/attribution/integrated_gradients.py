@@ -1,0 +1,221 @@
+"""Attribution of an answer to the FFN neurons of a transformer, by integrated gradients (Eq. 8-12).
+
+For each layer apart, the neurons at the answer's positions are scaled together from zero to their values, the
+other layers following the forward pass, and the gradient of P(y* given x) is summed over the steps:
+
+    Attr(n_i) = n_i * sum_k weight_k * dP/dn_i (factor_k * n),    Eq. 10: factor_k = k/m, weight_k = 1/m
+
+Two ways give the same numbers. The plain way runs the whole model for every layer and step. The fast way
+computes the prompt once, runs only the answer, and hands on what lies below the layer (window.py, replay.py);
+it is used where the model allows it, after a self-check.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .answer import MAX_ANSWER_TOKENS, Answer, read_batch
+from .neurons import NeuronLayer, find_neurons, unwrap
+from .passes import Pass, PlainPass
+from .quadrature import path
+from .quiet import undisturbed
+from .self_check import compare, verdict
+from .steps import LayerScores, groups, layer_scores, record
+from .vector import AttributionVector, Layout, assemble
+from .window import CausalWindow, DecoderWindow, FastWayUnsupported, position_convention
+
+METHODS = ("auto", "fast", "plain")
+STACKS = ("all", "encoder", "decoder")
+
+Inputs = dict[str, torch.Tensor]
+
+
+def integrated_gradients(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    steps: int = 20,
+    quadrature: str = "riemann",
+    neurons: str | Sequence[str] | None = None,
+    stacks: str = "all",
+    max_rows: int | None = None,
+    method: str = "auto",
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    progress: bool = False,
+) -> AttributionVector:
+    """Integrated gradients of P(y* given x) for every FFN neuron, one row per example (Eq. 8-12).
+
+    The model runs in eval mode and is left as it was found: training flags, random state, gradients, hooks
+    and configuration. The caller's autocast applies; probabilities are taken in float32 at least.
+
+    Args:
+        model: a transformers model, or a wrapper of one (PEFT, torch.compile, DistributedDataParallel). What
+            its adapters are set to is what is attributed.
+        batch: a collated batch with `labels`, -100 where there is no answer (see answer.py).
+        steps: m of Eq. 10.
+        quadrature: "riemann" (the paper's right sum) or "gauss_legendre".
+        neurons: None to find down projections by structure, a regular expression for whole module names, or a
+            list of suffixes.
+        stacks: "all", or only the "encoder" or the "decoder" of an encoder-decoder model.
+        max_rows: how many rows (examples x steps) go through the model at once; None keeps memory near 1 GiB.
+        method: "auto" takes the fast way where the self-check passes and falls back with a warning, "fast"
+            raises instead of falling back, "plain" runs the whole model for each layer.
+        max_answer_tokens: a longer answer is refused: most often a prompt that was not masked.
+        progress: show a bar over layers while it runs.
+
+    Returns:
+        an `AttributionVector`: values `(batch, N)`, layers in the order of `named_modules()`.
+
+    Raises:
+        ValueError: settings or a batch that are wrong (see `read_batch`, `find_neurons`), NaN or Inf in the
+            result.
+        FastWayUnsupported: only with method "fast".
+    """
+    rule = path(steps, quadrature)
+    _check_settings(method, stacks, max_rows)
+    model = unwrap(model)
+    layers = _of_stack(model, find_neurons(model, neurons), stacks)
+    with undisturbed(model):
+        inputs, answer = read_batch(model, batch, max_answer_tokens)
+        scores: dict[str, LayerScores] = {}
+        logs: list[torch.Tensor] = []
+        with tqdm(
+            total=len(layers), desc="attribution", unit="layer", leave=False, disable=not progress
+        ) as bar:
+            for run, part, skip in _plan(model, inputs, answer, layers, method):
+                logs.append(_run_layers(run, part, rule, max_rows, skip, scores, bar))
+    return _vector(layers, scores, logs[0])
+
+
+def _check_settings(method: str, stacks: str, max_rows: int | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    if stacks not in STACKS:
+        raise ValueError(f"stacks is one of {', '.join(STACKS)}, not {stacks!r}")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows is at least 1, or None to choose it by memory, not {max_rows!r}")
+
+
+def _of_stack(model: nn.Module, layers: list[NeuronLayer], stacks: str) -> list[NeuronLayer]:
+    if stacks == "all":
+        return layers
+    chosen = [layer for layer in layers if layer.stack == stacks]
+    if not chosen:
+        raise ValueError(
+            f"stacks={stacks!r}, but {type(model).__name__} has no FFN neurons in such a stack: use "
+            "stacks='all'"
+        )
+    return chosen
+
+
+def _plan(
+    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], method: str
+) -> Iterable[tuple[Pass, list[NeuronLayer], bool]]:
+    """(pass, its layers, whether blocks below are skipped) for all layers, fast where that is possible."""
+    for stack in dict.fromkeys(layer.stack for layer in layers):
+        own = [layer for layer in layers if layer.stack == stack]
+        inside = [layer for layer in own if layer.block is not None] if method != "plain" else []
+        fast = _fast_pass(model, inputs, answer, inside, method) if inside else None
+        if fast is not None:
+            yield fast, inside, True
+        rest = own if fast is None else [layer for layer in own if layer.block is None]
+        if rest:
+            yield PlainPass(model, inputs, answer), rest, False
+
+
+def _fast_pass(
+    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], method: str
+) -> Pass | None:
+    """A checked fast pass for layers of one stack; None (with a warning) where only the plain way is
+    right."""
+    stack = layers[0].stack
+    padded = _padded_left(inputs)
+    try:
+        reason = verdict(
+            model,
+            f"{answer.kind}, {stack}, padded left: {padded}",
+            lambda: _self_check(model, inputs, answer, layers, padded),
+        )
+        if reason is None:
+            return _make_fast(model, inputs, answer, stack)
+        if method == "fast":
+            raise FastWayUnsupported(
+                f"the fast way did not pass its self-check on {type(model).__name__}: {reason}"
+            )
+    except FastWayUnsupported as error:
+        if method == "fast":
+            raise
+        warnings.warn(f"attribution of this batch runs the plain way: {error}", stacklevel=4)
+    return None
+
+
+def _make_fast(model: nn.Module, inputs: Inputs, answer: Answer, stack: str, extra_padding: int = 0) -> Pass:
+    if answer.kind == "causal":
+        convention = position_convention(model, inputs, answer.positions["single"])
+        return CausalWindow(model, inputs, answer, convention, extra_padding)
+    if answer.kind == "seq2seq" and stack == "decoder":
+        return DecoderWindow(model, inputs, answer)
+    # an encoder sees everything at once: the whole batch is run, from the scaled block upwards
+    return PlainPass(model, inputs, answer)
+
+
+def _self_check(
+    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], padded: bool
+) -> str | None:
+    row = int(inputs["attention_mask"][:, 0].argmin()) if padded else 0
+    one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+    positions = {stack: mask[row : row + 1] for stack, mask in answer.positions.items()}
+    single = Answer(answer.kind, answer.targets[row : row + 1], positions)
+    fast = _make_fast(model, one, single, layers[0].stack, extra_padding=2)
+    return compare(fast, PlainPass(model, one, single), layers)
+
+
+def _padded_left(inputs: Inputs) -> bool:
+    mask = inputs.get("attention_mask")
+    return mask is not None and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+
+
+def _run_layers(
+    run: Pass,
+    layers: list[NeuronLayer],
+    rule: tuple[torch.Tensor, torch.Tensor],
+    max_rows: int | None,
+    skip: bool,
+    scores: dict[str, LayerScores],
+    bar: tqdm,  # type: ignore[type-arg]
+) -> torch.Tensor:
+    """Fill `scores` for `layers`; returns log P_m, float64 `(B,)`."""
+    rows = max_rows or run.default_rows(layers)
+    log_probability = torch.empty(0)
+    for group in groups(run, layers):
+        recording = record(run, group, outputs=skip)
+        assert recording.log_probability is not None
+        log_probability = recording.log_probability
+        for layer in group:
+            scores[layer.name] = layer_scores(run, layer, recording, rule, rows, skip)
+            bar.update()
+    return log_probability
+
+
+def _vector(
+    layers: list[NeuronLayer], scores: dict[str, LayerScores], log_probability: torch.Tensor
+) -> AttributionVector:
+    layout: Layout = []
+    start = 0
+    for layer in layers:
+        layout.append((layer.name, start, start + layer.size))
+        start += layer.size
+    own = [scores[layer.name] for layer in layers]
+    for layer, part in zip(layers, own, strict=True):
+        if not (torch.isfinite(part.values).all() and torch.isfinite(part.log_size).all()):
+            raise ValueError(
+                f"attribution of {layer.name} has NaN or Inf: check the model's weights, and use float32 or "
+                "bfloat16 where float16 overflows"
+            )
+    return assemble([part.values for part in own], [part.log_size for part in own], log_probability, layout)

@@ -1,0 +1,268 @@
+"""Load a chain of tasks onto a base model, or take one adapter in as history.
+
+Everything that can be known from the files and the base model is checked before the model is touched; if PEFT refuses
+something later on, the model is put back as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..tuner import ASOLoraConfig, ASOLoraModel
+from ..tuner.checks import chain_obstacles
+from ..tuner.history import adapter_of
+from .errors import ChainError
+from .fitting import BaseView, check_fit, check_name
+from .manifest import check_hash, check_listing, read_manifest
+from .order import in_order
+from .reading import AdapterFile, check_task_name, existing_folder, find_adapters, read_adapter
+
+_BAR_FROM = 5  # adapters; fewer load before a progress bar could be read
+_PLAIN_START = ("gaussian", "orthogonal", "eva")
+_TYPES_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def load_chain(
+    base: nn.Module,
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    tasks: Sequence[str] | None = None,
+    trainable: bool = False,
+    strict: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> Any:
+    """Put all tasks of a chain onto a base model; the newest is active, on top of its history.
+
+    Args:
+        base: the base model, without adapters. It is changed in place, as by `get_peft_model`.
+        source: a folder written by `model.save_pretrained` or `save_chain`, or a list of adapter folders, oldest
+            first.
+        tasks: load only these tasks, and what they were trained on top of. None: all.
+        trainable: whether the newest task can be trained on. Its history is frozen either way.
+        strict: whether weights or histories that differ from the folder's `chain.json` are an error (else a warning).
+        autocast_adapter_dtype: as in PEFT: keep adapter weights in float32 where the model is in half precision.
+
+    Returns:
+        The `PeftModel`, in eval mode unless trainable (then its mode is left as it was). Each adapter is called by its task's name.
+
+    Raises:
+        ChainError: before the model is touched: unreadable or unsafe files, NaN or Inf, another base model, a history
+            that is missing or cyclic, two folders with one task, a name that cannot be used, a base model that has
+            adapters already.
+    """
+    if isinstance(base, PeftModel) or has_adapters(base):
+        raise ChainError(
+            "The base model has adapters already. Give load_chain the bare model (model.unload() returns it), or add "
+            "a single adapter to this one with load_history or model.load_adapter."
+        )
+    adapters, manifest = _select(source, tasks, strict)
+    for adapter in adapters:
+        check_name(adapter.name, base)
+        if len(adapters) > 1:
+            _refuse_obstacles(adapter)
+    _warn_of_other_bases(adapters, base)
+    weights, view = [], BaseView.of(base)
+    for adapter in tqdm(adapters, desc="Reading the chain", leave=False, disable=len(adapters) < _BAR_FROM):
+        tensors = adapter.weights()
+        check_hash(adapter, tensors, manifest.get(adapter.name), strict)
+        weights.append(check_fit(adapter, tensors, view))
+
+    model: Any = base
+    newest = adapters[-1].name
+    with _put_back_on_error(base, None, newest):
+        for adapter in tqdm(adapters, desc="Loading tasks", leave=False, disable=len(adapters) < _BAR_FROM):
+            adapter.config.task_name = adapter.name
+            adapter.config.inference_mode = not (trainable and adapter.name == newest)
+            model = _add(model, adapter, weights.pop(0), autocast_adapter_dtype)
+        model.set_adapter(newest, inference_mode=not trainable)
+    return model if trainable else model.eval()
+
+
+def load_history(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> Any:
+    """Take an adapter in as history for the tasks that come: a stock LoRA adapter, or one of this package's.
+
+    Args:
+        model: a `PeftModel` with ASO_LORA adapters, or a bare base model, which is wrapped.
+        source: the adapter's folder. A stock adapter (peft_type LORA) gets an empty history.
+        name: the task's name in the chain. None: the one in its config, else the folder's.
+
+    Returns:
+        The `PeftModel`. What was active stays active, and what trained still trains. A model that had no adapter runs
+        the loaded one, frozen.
+
+    Raises:
+        ChainError: before the model is touched: as `load_chain`; an adapter that cannot be summed with others (DoRA,
+            trained biases, PiSSA and others that change the base weights); a name that is taken; a history that is
+            not in the model.
+    """
+    bare = not isinstance(model, PeftModel)
+    if not bare and not isinstance(model.base_model, ASOLoraModel) or bare and has_adapters(model):
+        raise ChainError(
+            "The model has adapters of another kind. load_history takes a model with ASO_LORA adapters, or a bare "
+            "base model (model.unload() returns it)."
+        )
+    adapter = read_adapter(existing_folder(source))
+    if name is not None:
+        check_task_name(name, Path("The argument name"))
+        adapter = replace(adapter, name=name)
+    inner = model if bare else model.base_model.model
+    check_name(adapter.name, inner)
+    _refuse_obstacles(adapter)
+    configs = {} if bare else model.peft_config
+    if adapter.name in configs or adapter_of(adapter.name, configs) is not None:
+        raise ChainError(f"The model has a task called {adapter.name!r} already. Give another name=.")
+    lacking = [task for task in adapter.history if adapter_of(task, configs) is None]
+    if lacking:
+        raise ChainError(
+            f"{adapter.name!r} was trained on top of {', '.join(map(repr, lacking))}, which the model does not hold. "
+            "Load those first, or the whole chain with load_chain."
+        )
+    weights = check_fit(adapter, adapter.weights(), BaseView.of(inner))
+    adapter = replace(adapter, config=_as_chain_config(adapter))
+    with _put_back_on_error(inner, None if bare else model, adapter.name):
+        mode = inner.training
+        model = _add(model, adapter, weights, autocast_adapter_dtype)
+    return model.train(mode)
+
+
+def _select(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], tasks: Sequence[str] | None, strict: bool
+) -> tuple[list[AdapterFile], Mapping[str, Mapping[str, Any]]]:
+    """The adapters to load, oldest first, and the manifest's entries (none where there is no manifest)."""
+    found = [read_adapter(path) for path in find_adapters(source)]
+    for adapter in found:
+        if adapter.is_stock:
+            raise ChainError(
+                f"{adapter.path} is a stock LoRA adapter, trained without a chain. Take it in with load_history "
+                "first, train the tasks on top of it, and save the whole chain."
+            )
+    manifest: Mapping[str, Mapping[str, Any]] = {}
+    if isinstance(source, (str, os.PathLike)):
+        manifest = read_manifest(Path(source)) or {}
+        check_listing(Path(source), manifest, found, strict)
+        place = {task: index for index, task in enumerate(manifest)}
+        found.sort(key=lambda adapter: place.get(adapter.name, len(place)))
+    combined = [adapter for adapter in found if adapter.config.combined]
+    if combined and tasks is None:
+        warnings.warn(
+            f"{[adapter.name for adapter in combined]} were made by add_weighted_adapter and are no tasks: they are "
+            "left out. Load them with model.load_adapter, or name them in tasks=.",
+            stacklevel=3,
+        )
+        found = [adapter for adapter in found if not adapter.config.combined]
+    return in_order(found, tasks), manifest
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """True if PEFT has put adapter layers into the model."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _refuse_obstacles(adapter: AdapterFile) -> None:
+    for reason in chain_obstacles(adapter.config):
+        raise ChainError(
+            f"The adapter {adapter.name!r} ({adapter.path}) cannot be part of a chain of tasks: {reason}. Train it "
+            "without that setting, or use it alone, with PeftModel.from_pretrained."
+        )
+
+
+def _as_chain_config(adapter: AdapterFile) -> ASOLoraConfig:
+    """The adapter's config as one of a task with a name; a stock LoRA's settings are all kept."""
+    config = adapter.config
+    if adapter.is_stock:
+        names = [field.name for field in fields(LoraConfig) if field.init and field.name != "peft_type"]
+        config = ASOLoraConfig(**{name: getattr(config, name) for name in names}, history=[])
+    config.task_name = adapter.name
+    config.inference_mode = True
+    return config
+
+
+def _warn_of_other_bases(adapters: Sequence[AdapterFile], base: nn.Module) -> None:
+    """Two base models of the same shapes cannot be told apart by the weights: compare the names."""
+    names = {adapter.config.base_model_name_or_path for adapter in adapters} - {None}
+    own = base.__dict__.get("name_or_path") or None
+    if own is not None and names - {own} or len(names) > 1:
+        warnings.warn(
+            f"The adapters say that they were trained on {', '.join(map(repr, sorted(names)))}; this base model is "
+            f"called {own!r}. If it is another model of the same shape, the results will be wrong.",
+            stacklevel=3,
+        )
+
+
+def _starts_empty(config: Any) -> bool:
+    """Whether the adapter may be made without memory and take over the loaded tensors (PEFT's low_cpu_mem_usage).
+
+    Not where making it looks at the base weights, and not with heads, which are copies of the base model's.
+    """
+    plain = isinstance(config.init_lora_weights, bool) or config.init_lora_weights in _PLAIN_START
+    return plain and not config.modules_to_save and config.task_type not in _TYPES_WITH_HEADS
+
+
+def _add(model: Any, adapter: AdapterFile, weights: Mapping[str, torch.Tensor], autocast: bool) -> Any:
+    """Add one checked adapter to a bare model (which is wrapped) or to a `PeftModel`."""
+    config, name, empty = adapter.config, adapter.name, _starts_empty(adapter.config)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, low_cpu_mem_usage=empty, autocast_adapter_dtype=autocast)
+    else:
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None  # differences: warned of before
+        model = get_peft_model(
+            model, config, adapter_name=name, low_cpu_mem_usage=empty, autocast_adapter_dtype=autocast
+        )
+    result = set_peft_model_state_dict(model, dict(weights), adapter_name=name, low_cpu_mem_usage=empty)
+    missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
+    if missing or result.unexpected_keys:
+        raise ChainError(
+            f"The adapter {name!r} ({adapter.path}) does not fit this model: the file lacks {missing[:3]} and has "
+            f"{list(result.unexpected_keys)[:3]} too many. It was made for another base model."
+        )
+    model.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=autocast)
+    return model
+
+
+@contextmanager
+def _put_back_on_error(base: nn.Module, model: Any, name: str) -> Iterator[None]:
+    """After an error the model is as it was: without the new adapter, or without any if it had none."""
+    trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        yield
+    except BaseException:
+        if model is not None:
+            if name in model.peft_config:
+                model.delete_adapter(name)
+        else:
+            _strip(base)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _strip(base: nn.Module) -> None:
+    """Take all that PEFT put in out of a base model, also after an injection that stopped half-way."""
+    for parent in list(base.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    if hasattr(base, "peft_config"):
+        del base.peft_config

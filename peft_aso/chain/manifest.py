@@ -1,0 +1,131 @@
+"""`chain.json`: what `save_chain` wrote, in which order, and a fingerprint of each adapter's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..tuner.persistence import ATTRIBUTION_KEY
+from .errors import ChainError, warn_or_raise
+from .reading import AdapterFile, check_task_name, plain_file
+
+MANIFEST_NAME = "chain.json"
+FORMAT = "peft_aso chain"
+FORMAT_VERSION = 1
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the values as float32, in the order of the tensors' names.
+
+    The dtype in which they are kept does not matter (PEFT changes it when it loads), nor does the layout of the file.
+    The attribution vector is left out: the adapter is the same without it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if name == ATTRIBUTION_KEY:
+            continue
+        values = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {list(values.shape)}\n".encode())
+        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def describe(adapter: AdapterFile, folder: str, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """One task's entry in the manifest."""
+    return {
+        "task": adapter.name,
+        "folder": folder,
+        "history": adapter.history,
+        "rank": adapter.config.r,
+        "sha256": weights_hash(weights),
+        "similarities": adapter.config.similarities,
+        "soft_coefficients": adapter.config.soft_coefficients,
+    }
+
+
+def write_manifest(folder: Path, entries: Sequence[Mapping[str, Any]], base_model: str | None) -> None:
+    """Write `chain.json` into `folder`; `entries` in the order in which the tasks were learned."""
+    from .. import __version__
+
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "peft_aso_version": __version__,
+        "base_model_name_or_path": base_model,
+        "tasks": list(entries),
+    }
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Task -> its entry, in the manifest's order; None if the folder has no manifest.
+
+    Raises:
+        ChainError: the manifest is damaged, of a newer format, or names folders outside of its own.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    path = plain_file(folder, MANIFEST_NAME)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        is_ours, version = content["format"] == FORMAT, int(content["format_version"])
+        entries = {entry["task"]: dict(entry) for entry in content["tasks"]} if is_ours else {}
+        complete = all({"folder", "history", "sha256"} <= set(entry) for entry in entries.values())
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ChainError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Save the chain again, or delete the file: the "
+            "adapters can be read without it."
+        ) from error
+    if not is_ours or not complete:
+        raise ChainError(f"{path} was not written by save_chain. Delete or rename it: adapters are read without it.")
+    if version > FORMAT_VERSION:
+        raise ChainError(
+            f"{path} has format version {version}; this package reads up to {FORMAT_VERSION}. Upgrade peft-aso, or "
+            "delete the file: the adapters can be read without it."
+        )
+    for task, entry in entries.items():
+        check_task_name(task, path)
+        check_task_name(entry["folder"], path)
+    return entries
+
+
+def check_listing(
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterFile], strict: bool
+) -> None:
+    """Cross-check tasks and histories with the manifest. Adapters added to the folder later are not in it: fine."""
+    by_name = {adapter.name: adapter for adapter in adapters}
+    for task, entry in entries.items():
+        if task not in by_name:
+            warn_or_raise(
+                f"{folder / MANIFEST_NAME} lists the task {task!r} (folder {entry['folder']!r}), which is not there. "
+                "The copy is incomplete: fetch that folder, or pass strict=False to load the others.",
+                strict,
+            )
+        elif by_name[task].history != list(entry["history"]):
+            warn_or_raise(
+                f"The history of {task!r} is {by_name[task].history} in its adapter_config.json and {entry['history']} "
+                f"in {folder / MANIFEST_NAME}. One of them was changed by hand; run save_chain again, or pass "
+                "strict=False to believe adapter_config.json.",
+                strict,
+            )
+
+
+def check_hash(
+    adapter: AdapterFile, weights: Mapping[str, torch.Tensor], entry: Mapping[str, Any] | None, strict: bool
+) -> None:
+    """Compare an adapter's weights with the manifest's fingerprint of them."""
+    if entry is None:
+        return
+    found = weights_hash(weights)
+    if found != entry["sha256"]:
+        warn_or_raise(
+            f"The weights of {adapter.name!r} in {adapter.path} are not those that save_chain wrote: sha256 {found} "
+            f"here, {entry['sha256']} in {MANIFEST_NAME}. If you saved the adapter again, run save_chain on the whole "
+            "chain; else restore the file. strict=False loads what is there.",
+            strict,
+        )

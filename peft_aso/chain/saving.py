@@ -1,0 +1,101 @@
+"""Save a chain of tasks into one folder, all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+
+from ..tuner import ASOLoraModel
+from ..tuner.history import adapter_of, task_name_of
+from .atomic import replaced_folder
+from .errors import ChainError
+from .manifest import describe, write_manifest
+from .order import in_order
+from .reading import check_task_name, read_adapter
+
+PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
+
+
+def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> Path:
+    """Save tasks with their history, one subfolder a task, and `chain.json` with their order and fingerprints.
+
+    All is written beside `folder` first and takes its place in one step, so that an error or a killed process leaves
+    what was there. Other files and folders in it are kept.
+
+    Args:
+        model: a `PeftModel` with ASO_LORA adapters.
+        folder: where to; it is made if it does not exist.
+        tasks: which tasks (their history must be among them). None: all but the products of `add_weighted_adapter`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ChainError: before anything is written: another kind of model, an unknown task, a task without its history.
+        OSError: the disk is full or cannot be written to; what was there is as it was.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
+        raise ChainError("save_chain needs a PeftModel with ASO_LORA adapters (get_peft_model with an ASOLoraConfig).")
+    adapters = _selected(model, tasks)
+    path = Path(folder)
+    if (path / CONFIG_NAME).exists():
+        raise ChainError(
+            f"{path} is itself the folder of an adapter: a chain in it would be read together with that adapter. Give "
+            "another folder."
+        )
+    with replaced_folder(path) as stage:
+        written = []
+        for task, adapter in adapters.items():
+            _write_adapter(model, adapter, stage, task)
+            written.append(read_adapter(stage / task))
+        entries = [describe(adapter, adapter.path.name, adapter.weights()) for adapter in in_order(written)]
+        names = [adapter.config.base_model_name_or_path for adapter in written]
+        write_manifest(stage, entries, next(filter(None, names), None))
+    return path
+
+
+def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
+    """Task -> adapter, of the tasks to be saved; checked to be complete."""
+    configs = model.peft_config
+    if tasks is None:
+        names = [name for name, config in configs.items() if not config.combined]
+    else:
+        names = [_adapter(task, configs) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+    if not names:
+        raise ChainError(f"There is no task to save. The model holds: {', '.join(map(repr, configs))}.")
+    selected = {task_name_of(name, configs[name]): name for name in names}
+    if len(selected) < len(names):
+        raise ChainError(f"Two of the adapters {names} have the same task_name, or one is named twice. Save one of them.")
+    for task, name in selected.items():
+        check_task_name(task, Path(f"The adapter {name!r}"))
+        lacking = [old for old in configs[name].history or [] if old not in selected]
+        if lacking:
+            raise ChainError(
+                f"{task!r} was trained on top of {', '.join(map(repr, lacking))}, which would not be in the folder. "
+                "Save them together (tasks=None saves all), loading them first if need be."
+            )
+    return selected
+
+
+def _adapter(task: str, configs: Any) -> str:
+    name = adapter_of(task, configs)
+    if name is None:
+        tasks = ", ".join(repr(task_name_of(adapter, config)) for adapter, config in configs.items())
+        raise ChainError(f"There is no task {task!r} in the model. There are: {tasks}.")
+    return name
+
+
+def _write_adapter(model: Any, adapter: str, stage: Path, task: str) -> None:
+    """One adapter through PEFT's own saving, which chooses the folder by the adapter's name; put under the task's."""
+    scratch = stage / ".saving"
+    model.save_pretrained(str(scratch), selected_adapters=[adapter])
+    written = scratch if adapter == PEFT_DEFAULT else scratch / adapter
+    written.rename(stage / task)
+    if scratch.exists():
+        (scratch / "README.md").rename(stage / "README.md")
+        scratch.rmdir()

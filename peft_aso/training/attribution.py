@@ -1,0 +1,76 @@
+"""Attribution of a model with adapters: which adapters are on while it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from ..attribution import MAX_ANSWER_TOKENS, AttributionVector, integrated_gradients
+from ..tuner.persistence import tuner_of
+
+
+def compute_attribution(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    adapter: str | None = None,
+    alone: bool = False,
+    steps: int = 20,
+    quadrature: str = "riemann",
+    neurons: str | Sequence[str] | None = None,
+    stacks: str = "all",
+    max_rows: int | None = None,
+    method: str = "auto",
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    progress: bool = False,
+) -> AttributionVector:
+    """Integrated gradients of P(y* given x) with respect to every FFN neuron (Eq. 8-12).
+
+    The model is left as it was: active adapters, training mode, gradients, random state.
+
+    Args:
+        model: any transformers model, or a PEFT model.
+        batch: a collated batch with `labels` (-100 = not the answer), of any padding; moved to the model's device.
+        adapter: the task whose model is looked at: base + its history + its adapter. `None`: as it stands.
+        alone: base + that adapter only (Eq. 2). Needs `adapter`.
+        steps, quadrature, neurons, stacks, max_rows, method, max_answer_tokens, progress: see
+            `peft_aso.attribution.integrated_gradients`.
+
+    Returns:
+        `AttributionVector`: `.scores` is Eq. 11, float32 `(batch, N)`; `.log_probability` `(batch,)`;
+        `.layout` a list of `(module_name, start, stop)`.
+
+    Raises:
+        ValueError: no such adapter, a model without FFN neurons, a batch without answer tokens.
+    """
+    with looking_at(model, adapter, alone):
+        return integrated_gradients(
+            model,
+            batch,
+            steps=steps,
+            quadrature=quadrature,
+            neurons=neurons,
+            stacks=stacks,
+            max_rows=max_rows,
+            method=method,
+            max_answer_tokens=max_answer_tokens,
+            progress=progress,
+        )
+
+
+def looking_at(model: nn.Module, adapter: str | None, alone: bool) -> AbstractContextManager[None]:
+    """A context in which the model is the one of `adapter`: with its history, or alone (Eq. 2)."""
+    if adapter is None:
+        if alone:
+            raise ValueError("alone=True needs to know which adapter: give adapter=<name>.")
+        return nullcontext()
+    tuner = tuner_of(model)
+    if tuner is None:
+        raise ValueError(
+            f"adapter={adapter!r} needs a model with ASO-LoRA adapters (get_peft_model(base, ASOLoraConfig(...))), "
+            f"and this is a {type(model).__name__}. Leave adapter out to look at the model as it stands."
+        )
+    return tuner.only(adapter) if alone else tuner.through(adapter)

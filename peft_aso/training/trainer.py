@@ -1,0 +1,210 @@
+"""`ASOTrainer`: Hugging Face's Trainer with one term more in the loss (Eq. 7)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..attribution import unwrap
+from ..attribution.quiet import undisturbed
+from ..tuner import ASOLoraModel
+from .callback import ASOCallback
+from .checkpoint import check_checkpoint, restore_coefficients, save_current_task
+from .coefficients import require_tuner
+
+
+class ASOTrainerMixin:
+    """Adds lambda times the orthogonality penalty to the training loss of a `transformers.Trainer` subclass.
+
+    Put it before the Trainer in the bases: `class MyTrainer(ASOTrainerMixin, SomeTrainer)`. The model is a PEFT
+    model whose active adapter is the task to train; its settings are those of the adapter's `ASOLoraConfig`.
+
+    Logged beside the Trainer's own values: `task_loss`, `orthogonality_penalty` (Eq. 7 without lambda), and for each
+    earlier task `psi/<task>` and `similarity/<task>`.
+
+    Raises (on construction, before any work):
+        ValueError: no ASO-LoRA adapter, or the active task is the history of another and therefore frozen.
+        MissingHistoryError: a task of the history is not loaded.
+        HistoryError: an earlier task shares no module with the current one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_trainable(self.tuner)
+        self._ignores_item_count: bool | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self._noted_steps = 0.0
+        self.add_callback(ASOCallback())  # type: ignore[attr-defined]
+
+    @property
+    def tuner(self) -> ASOLoraModel:
+        """The `ASOLoraModel` of the trainer's model."""
+        return require_tuner(self.model)  # type: ignore[attr-defined]
+
+    # ---- the loss ------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss; in training, plus the penalty, counted once an optimizer step."""
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training:
+            scaled = self._scaled_for_accumulation(num_items_in_batch)
+            if scaled and labels is not None and self._mean_in_spite_of_count(model, inputs, labels):
+                loss = loss * self._share(labels, num_items_in_batch)
+            share = self.current_gradient_accumulation_steps if scaled else 1  # type: ignore[attr-defined]
+            loss = self._with_penalty(loss, share, scaled)
+        return (loss, outputs) if return_outputs else loss
+
+    def _with_penalty(self, loss: torch.Tensor, share: int, scaled: bool) -> torch.Tensor:
+        """`loss` plus lambda times the penalty, of which this micro-batch carries one part in `share`."""
+        config = self.tuner.peft_config[self.tuner.current_task]
+        steps = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        self._noted_steps += 1 / steps
+        self._note("task_loss", loss if scaled else loss / steps)
+        if config.resolved_penalty_weight > 0 and self.tuner.history:
+            penalty = self.tuner.orthogonality_penalty().to(loss.device)
+            self._note("orthogonality_penalty", penalty / steps)
+            loss = loss + config.resolved_penalty_weight * penalty / share
+        if config.l2_weight > 0:
+            loss = loss + config.l2_weight * self.tuner.norm_penalty().to(loss.device) / share
+        return loss
+
+    def _scaled_for_accumulation(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether the Trainer takes the loss as normalised over all micro-batches of the step already."""
+        if self.loss_is_scaled_for_ga is not None:  # type: ignore[attr-defined]
+            return bool(self.loss_is_scaled_for_ga)  # type: ignore[attr-defined]
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        return bool(counted or self.compute_loss_func is not None)  # type: ignore[attr-defined]
+
+    def _mean_in_spite_of_count(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> bool:
+        """Whether the model takes `num_items_in_batch` and ignores it, as T5 does.
+
+        Its loss is then the mean of each micro-batch, and gradient accumulation would sum those means. Found out
+        once a run by giving one example two different counts.
+        """
+        if self.label_smoother is not None or self.compute_loss_func is not None:  # type: ignore[attr-defined]
+            return False
+        if self._ignores_item_count is None:
+            row = int((labels.flatten(1) != -100).any(1).int().argmax()) if labels.dim() > 1 else 0
+            one = {
+                name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
+                for name, value in inputs.items()
+            }
+            bare = unwrap(model)
+            with undisturbed(bare), torch.no_grad():
+                losses = [bare(**one, num_items_in_batch=count)["loss"] for count in (1, 1000)]
+            self._ignores_item_count = torch.equal(losses[0], losses[1])
+        return self._ignores_item_count
+
+    def _share(self, labels: torch.Tensor, num_items_in_batch: Any) -> Any:
+        """The part of the step's labels that is in this micro-batch: turns its mean into its part of the sum."""
+        if getattr(self, "_loss_shifts_labels", False):
+            labels = labels[..., 1:]
+        return labels.ne(-100).sum() / num_items_in_batch
+
+    # ---- logging -------------------------------------------------------------------------------------------------
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _forget_notes(self) -> None:
+        self._sums.clear()
+        self._noted_steps = 0.0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log with the parts of the loss and the coefficients."""
+        if "loss" in logs:
+            logs.update({name: value.item() / self._noted_steps for name, value in self._sums.items()})
+            logs.update(self._coefficient_logs())
+            self._forget_notes()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _coefficient_logs(self) -> dict[str, float]:
+        tuner = self.tuner
+        if not tuner.history:
+            return {}
+        similarities = tuner.peft_config[tuner.current_task].similarities or {}
+        named = {"psi": tuner.soft_coefficients, "similarity": similarities}
+        return {
+            f"{kind}/{task}": sum(value) / len(value) if isinstance(value, list) else value
+            for kind, values in named.items()
+            for task, value in values.items()
+        }
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        check_trainable(self.tuner)
+        self._forget_notes()
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A checkpoint holds the current task: the history does not change and is not written again."""
+        args = self.args  # type: ignore[attr-defined]
+        if not args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else args.output_dir)
+        save_current_task(unwrap_parallel(self.model), folder, state_dict)  # type: ignore[attr-defined]
+        processing = self.processing_class  # type: ignore[attr-defined]
+        if processing is None:
+            processing = getattr(self.data_collator, "tokenizer", None)  # type: ignore[attr-defined]
+        if processing is not None:
+            processing.save_pretrained(str(folder))
+        torch.save(args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Resume the weights, and psi as it stood."""
+        target = unwrap_parallel(model if model is not None else self.model)  # type: ignore[attr-defined]
+        check_checkpoint(target, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, target)  # type: ignore[misc]
+        callback = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, ASOCallback))  # type: ignore[attr-defined]
+        callback.restored = restore_coefficients(target, resume_from_checkpoint)
+
+
+def check_trainable(tuner: ASOLoraModel) -> None:
+    """Refuse to train a task that is frozen, that lacks its history, or that shares no module with it."""
+    task = tuner.current_task
+    dependents = tuner.tasks.dependents(task)
+    if dependents:
+        raise ValueError(
+            f"{task!r} is the history of {', '.join(map(repr, dependents))} and stays frozen. Activate the task that "
+            "is to be trained with model.set_adapter(...), or add a new one with model.add_adapter(...)."
+        )
+    tuner.tasks.require([task])
+    if tuner.peft_config[task].resolved_penalty_weight > 0:
+        tuner.check_shared_modules()
+    if not any(parameter.requires_grad for parameter in tuner.parameters()):
+        raise ValueError(
+            f"Nothing in the model trains: the adapter {task!r} was loaded for inference. Call "
+            f"model.set_adapter({task!r}) (or load it with is_trainable=True)."
+        )
+
+
+def unwrap_parallel(model: Any) -> Any:
+    """The PEFT model inside torch.compile's or a data-parallel wrapper."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    return model
+
+
+class ASOTrainer(ASOTrainerMixin, Trainer):
+    """`transformers.Trainer` that trains the active ASO-LoRA task. See `ASOTrainerMixin`."""
+
+
+class ASOSeq2SeqTrainer(ASOTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` that trains the active ASO-LoRA task. See `ASOTrainerMixin`."""

@@ -1,0 +1,1 @@
+"""Tests of peft_aso; the folders mirror the package."""

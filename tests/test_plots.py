@@ -1,0 +1,204 @@
+"""The pictures: a complete file, the numbers that were given in the cells they belong to, clear refusals."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from peft_aso.plots import plot_accuracy, plot_overview, plot_similarity
+
+TASKS = ["dbpedia", "amazon", "agnews"]
+MATRIX = [[92, None, None], [80.25, 37, None], [73, 40, 0.4]]
+SQUARE = [[1, 9, 9], [0.57, 1, 9], [-0.4, math.nan, 1]]
+NAMED = {"amazon": {"dbpedia": 0.57}, "agnews": {"dbpedia": -0.4}}
+
+
+def cells(ax: Axes) -> dict[tuple[int, int], str]:
+    """The text in each cell, by (row, column)."""
+    return {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in ax.texts}
+
+
+def names(ax: Axes) -> tuple[list[str], list[str]]:
+    """The labels of rows and columns."""
+    return [t.get_text() for t in ax.get_yticklabels()], [t.get_text() for t in ax.get_xticklabels()]
+
+
+def test_accuracy_has_one_number_per_measured_cell() -> None:
+    ax = plot_accuracy(MATRIX, TASKS)
+    assert cells(ax) == {
+        (0, 0): "92.0",
+        (1, 0): "80.2",
+        (1, 1): "37.0",
+        (2, 0): "73.0",
+        (2, 1): "40.0",
+        (2, 2): "0.4",
+    }
+    assert names(ax) == (TASKS, TASKS)
+    shown = ax.images[0].get_array()
+    assert shown.shape == (3, 3)
+    assert np.ma.getmaskarray(shown).tolist() == [[False, True, True], [False, False, True], [False] * 3]
+
+
+def test_fractions_are_shown_in_percent() -> None:
+    ax = plot_accuracy([[0.925, None], [1.0, 0.0]], TASKS[:2])
+    assert cells(ax) == {(0, 0): "92.5", (1, 0): "100.0", (1, 1): "0.0"}
+
+
+def test_a_run_in_progress_has_a_row_per_finished_stage() -> None:
+    ax = plot_accuracy(MATRIX[:2], TASKS)
+    assert names(ax) == (TASKS[:2], TASKS)
+    assert len(ax.texts) == 3
+
+
+@pytest.mark.parametrize("similarities", [SQUARE, NAMED, np.array(SQUARE, dtype=np.float32)])
+def test_similarity_shows_current_tasks_against_their_history(similarities: object) -> None:
+    ax = plot_similarity(similarities, TASKS)
+    assert cells(ax) == {(0, 0): "0.57", (1, 0): "\N{MINUS SIGN}0.40"}
+    assert names(ax) == (TASKS[1:], TASKS[:-1])
+    assert ax.images[0].get_clim() == (-1, 1)
+
+
+def test_a_tiny_negative_number_is_not_written_as_minus_zero() -> None:
+    ax = plot_similarity({"amazon": {"dbpedia": -0.001}}, TASKS[:2])
+    assert cells(ax) == {(0, 0): "0.00"}
+
+
+def test_numbers_stand_out_from_their_cell() -> None:
+    ax = plot_accuracy([[0, None], [0, 100]], TASKS[:2])
+    assert [text.get_color() for text in ax.texts] == ["white", "white", "black"]
+    ax = plot_similarity({"amazon": {"dbpedia": -1}, "agnews": {"dbpedia": 0, "amazon": 1}}, TASKS)
+    assert [text.get_color() for text in ax.texts] == ["white", "black", "white"]
+
+
+def test_given_axes_are_drawn_on() -> None:
+    one, two = Figure().subplots(1, 2)
+    assert plot_accuracy(MATRIX, TASKS, ax=one) is one
+    assert plot_similarity(NAMED, TASKS, ax=two) is two
+    assert len(one.texts) == 6 and len(two.texts) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15])
+def test_an_overview_is_a_readable_png(tmp_path: Path, count: int) -> None:
+    tasks = [f"task with a rather long name, number {index}" for index in range(count)]
+    matrix = [[50 if i <= t else None for i in range(count)] for t in range(count)]
+    path = plot_overview(matrix, np.full((count, count), 0.5), tasks, tmp_path / "new" / "folder" / "a.png")
+    assert path == tmp_path / "new" / "folder" / "a.png"
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]
+    with Image.open(path) as picture:
+        picture.verify()
+    with Image.open(path) as picture:
+        width, height = picture.size
+        colours = picture.convert("RGB").getcolors(maxcolors=width * height)
+    assert width > height > 300
+    assert colours is not None and len(colours) > 20
+
+
+def test_an_overview_ending_in_svg_is_svg(tmp_path: Path) -> None:
+    path = plot_overview(MATRIX, NAMED, TASKS, str(tmp_path / "chain.svg"))
+    assert xml.etree.ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+@pytest.mark.parametrize("name", ["$a$", "$unclosed", "{", "100 %", "", "très_long" * 9, "任务"])
+def test_odd_names_are_drawn_as_they_are(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    assert plot_overview([[1, None], [1, 1]], {name: {"a": 0.1}}, ["a", name], tmp_path / "a.png").exists()
+    assert all("Glyph" in str(warning.message) for warning in recwarn)  # the font may lack a script
+
+
+def test_long_names_take_two_lines_and_no_more() -> None:
+    long = "natural questions about the weather in spring and in autumn"
+    (label,), _ = names(plot_accuracy([[1]], [long]))
+    assert label == "natural questions\nabout the weather…"
+
+
+@pytest.mark.parametrize("ending", ["a.pdf", "a", "png"])
+def test_another_ending_is_refused_before_anything_is_written(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(ValueError, match=r"end the path in \.png or \.svg"):
+        plot_overview(MATRIX, NAMED, TASKS, tmp_path / "folder" / ending)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_older_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = plot_overview(MATRIX, NAMED, TASKS, tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def fail(self: Figure, target: Path, **kwargs: object) -> None:
+        Path(target).write_bytes(b"half a pict")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plot_overview(MATRIX, NAMED, TASKS, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (TASKS[:2], "2 names for 3 tasks"),
+        ("abc", "'abc' for 3 tasks"),
+    ],
+)
+def test_another_number_of_tasks_is_refused(tasks: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_accuracy(MATRIX, tasks)
+
+
+@pytest.mark.parametrize(
+    ("similarities", "message"),
+    [
+        (SQUARE[:2], r"2 rows of \[3\] entries for 3 tasks"),
+        ([[1, 2], [3, 4], [5, 6]], r"3 rows of \[2\] entries for 3 tasks"),
+        ([], r"0 rows of \[\] entries"),
+        ({"yahoo": {"dbpedia": 0.1}}, "name 'yahoo', none of the tasks"),
+        ({"amazon": {"yahoo": 0.1}}, "name 'yahoo', none of the tasks"),
+        ({"dbpedia": {"amazon": 0.1}}, "'amazon' cannot be history of 'dbpedia'"),
+        ({"amazon": {"amazon": 1.0}}, "'amazon' cannot be history of 'amazon'"),
+        ({"amazon": {"dbpedia": 1.5}}, "similarity of 'amazon' with 'dbpedia' is 1.5"),
+        ({"amazon": {"dbpedia": math.inf}}, "similarity of 'amazon' with 'dbpedia' is inf"),
+    ],
+)
+def test_bad_similarities_are_refused(similarities: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_similarity(similarities, TASKS)
+
+
+def test_tasks_must_differ() -> None:
+    with pytest.raises(ValueError, match="'amazon' is there twice"):
+        plot_similarity(NAMED, ["amazon", "amazon", "agnews"])
+
+
+def test_the_callers_matplotlib_is_left_alone() -> None:
+    import matplotlib.pyplot as plt
+
+    backend, settings = matplotlib.get_backend(), dict(matplotlib.rcParams)
+    figures = plt.get_fignums()
+    plot_accuracy(MATRIX, TASKS)
+    assert (matplotlib.get_backend(), dict(matplotlib.rcParams)) == (backend, settings)
+    assert plt.get_fignums() == figures
+
+
+def test_without_matplotlib_the_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'pip install "peft-aso\[plots\]"'):
+        plot_overview(MATRIX, NAMED, TASKS, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_module_is_imported_without_matplotlib() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; import peft_aso.plots"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -1,0 +1,104 @@
+"""Tiny tasks to train on, and the pieces that the training tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from peft_aso import ASOLoraConfig, AttributionConfig, ASOSeq2SeqTrainer, ASOTrainer
+from tests.tiny_models import tiny, tiny_batch
+
+QUICK = AttributionConfig(steps=2, probe_size=4)
+NO_DROPOUT = {
+    "llama": {},
+    "t5": {"dropout_rate": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+TASK_TYPES = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
+
+
+class TinyTask(Dataset):  # type: ignore[type-arg]
+    """`size` random examples for a tiny model, padded to one length so that torch's default collator serves."""
+
+    def __init__(self, model: Any, size: int = 16, seed: int = 0) -> None:
+        self.batch = tiny_batch(model, batch_size=size, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[index] for name, value in self.batch.items()}
+
+
+def config(name: str, **settings: Any) -> ASOLoraConfig:
+    """A small ASO-LoRA config for the tiny model `name`, without dropout unless asked for."""
+    settings.setdefault("attribution", QUICK)
+    return ASOLoraConfig(r=settings.pop("r", 4), lora_alpha=8, task_type=TASK_TYPES[name], **settings)
+
+
+def randomize(model: Any, adapter: str, seed: int) -> None:
+    """Give an adapter the random weights of a trained one (B is zero in a fresh one)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if f".{adapter}." in parameter_name and "lora_" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def chain(name: str = "llama", tasks: tuple[str, ...] = ("first", "second"), **settings: Any) -> Any:
+    """A PEFT model on the tiny model `name`: all tasks but the last have random weights, the last is active."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(name, **NO_DROPOUT[name]), config(name), adapter_name=tasks[0])
+    randomize(model, tasks[0], seed=1)
+    for index, task in enumerate(tasks[1:], start=2):
+        model.add_adapter(task, config(name, **(settings if task == tasks[-1] else {})))
+        if task != tasks[-1]:
+            randomize(model, task, seed=index)
+    model.set_adapter(tasks[-1])
+    return model
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**defaults, **settings})
+
+
+def train(model: Any, folder: Path, data: Any = None, kind: type = ASOTrainer, resume: Any = None, **settings: Any) -> Any:
+    """Train the active task and return the trainer."""
+    if kind is ASOSeq2SeqTrainer:
+        from transformers import Seq2SeqTrainingArguments
+
+        args = Seq2SeqTrainingArguments(**arguments(folder, **settings).to_dict())
+    else:
+        args = arguments(folder, **settings)
+    trainer = kind(model=model, args=args, train_dataset=data or TinyTask(model), eval_dataset=data or TinyTask(model))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """Copies of all weights of one adapter."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if f".{adapter}." in name}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys() and a
+    return max((a[name] - b[name]).abs().max().item() for name in a)
