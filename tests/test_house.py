@@ -138,7 +138,8 @@ def test_examples_use_public_names_only() -> None:
 def test_a_file_is_small_and_says_what_it_is(path: Path) -> None:
     source = path.read_text()
     assert len(source.splitlines()) <= MAX_LINES
-    assert ast.get_docstring(ast.parse(source)), "no docstring"
+    empty_marker = path.name == "__init__.py" and not source.strip() and path.is_relative_to(ROOT / "tests")
+    assert empty_marker or ast.get_docstring(ast.parse(source)), "no docstring"
 
 
 def test_nothing_is_left_unfinished() -> None:

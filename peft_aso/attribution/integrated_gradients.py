@@ -90,7 +90,7 @@ def integrated_gradients(
         ) as bar:
             for run, part, skip in _plan(model, inputs, answer, layers, method):
                 logs.append(_run_layers(run, part, rule, max_rows, skip, scores, bar))
-    return _vector(layers, scores, logs[0])
+        return _vector(layers, scores, logs[0])
 
 
 def _check_settings(method: str, stacks: str, max_rows: int | None) -> None:
@@ -126,7 +126,8 @@ def _plan(
             yield fast, inside, True
         rest = own if fast is None else [layer for layer in own if layer.block is None]
         if rest:
-            yield PlainPass(model, inputs, answer), rest, False
+            outside = any(layer.block is None for layer in rest)
+            yield PlainPass(model, inputs, answer, whole=outside), rest, False
 
 
 def _fast_pass(
@@ -188,7 +189,7 @@ def _run_layers(
     max_rows: int | None,
     skip: bool,
     scores: dict[str, LayerScores],
-    bar: tqdm,  # type: ignore[type-arg]
+    bar: tqdm,
 ) -> torch.Tensor:
     """Fill `scores` for `layers`; returns log P_m, float64 `(B,)`."""
     rows = max_rows or run.default_rows(layers)

@@ -94,7 +94,9 @@ def find_neurons(model: nn.Module, neurons: str | Sequence[str] | None = None) -
     }
     owner = {module: block for block in where for module in block.modules()}
     order = {module: index for index, module in enumerate(names)}
-    return [_layer(model, module, names, owner, where) for module in sorted(found, key=lambda m: order[m])]
+    return [
+        _layer(model, module, names, owner, where) for module in sorted(set(found), key=lambda m: order[m])
+    ]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -53,13 +53,20 @@ class Pass(ABC):
 
 
 class PlainPass(Pass):
-    """The whole model on the batch as it was given, whatever the model is."""
+    """The whole model on the batch as it was given, whatever the model is.
 
-    def __init__(self, model: nn.Module, inputs: dict[str, torch.Tensor], answer: Answer) -> None:
+    Args:
+        whole: run what comes after the blocks (the head) at every position too, not only where logits are
+            needed: for neurons that are there.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], answer: Answer, whole: bool = False
+    ) -> None:
         self.model, self.inputs, self.positions = model, inputs, answer.positions
         self.batch_size = len(answer.targets)
         self.targets, self.options = answer.targets, forward_options()
-        if answer.kind != "sequence":
+        if answer.kind != "sequence" and not whole:
             self.targets, self.options = keep_labelled(model, answer.targets, self.options)
         if "use_cache" in forward_parameters(model):
             self.options["use_cache"] = False

@@ -20,10 +20,9 @@ def path(steps: int, rule: str = "riemann") -> tuple[torch.Tensor, torch.Tensor]
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is a whole number from 1 up, not {steps!r}")
     if rule == "riemann":
-        return torch.arange(1, steps + 1, dtype=torch.float64) / steps, torch.full(
-            (steps,), 1 / steps, dtype=torch.float64
-        )
+        nodes = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        return nodes, torch.full_like(nodes, 1 / steps)
     if rule == "gauss_legendre":
-        nodes, weights = numpy.polynomial.legendre.leggauss(steps)
-        return torch.from_numpy(nodes + 1) / 2, torch.from_numpy(weights) / 2
+        places, weights = numpy.polynomial.legendre.leggauss(steps)  # on [-1, 1]
+        return torch.from_numpy(places + 1) / 2, torch.from_numpy(weights) / 2
     raise ValueError(f"quadrature is one of {', '.join(RULES)}, not {rule!r}")

@@ -122,12 +122,12 @@ def skipped(layer: NeuronLayer, recording: Recording, batch_size: int, rows: tor
     own = [block.__dict__.get("forward") for block in below]
     try:
         for block in below:
-            block.forward = hand_on  # type: ignore[method-assign]
+            block.forward = hand_on
         yield
     finally:
         for block, forward in zip(below, own, strict=True):
             if forward is not None:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
             else:
                 block.__dict__.pop("forward", None)
 

@@ -78,7 +78,8 @@ def _rows(
             with below:
                 log_p = run(rows)
         (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
-    return _float64(log_p.detach()), (gradient * own).sum(1).to(log_p.device)
+    wide = _float64(log_p.detach())
+    return wide, (gradient * own).sum(1).to(wide.device)
 
 
 def groups(run: Pass, layers: list[NeuronLayer]) -> list[list[NeuronLayer]]:

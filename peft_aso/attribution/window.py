@@ -30,7 +30,6 @@ from .passes import Pass, forward_options, keep_labelled, vocabulary
 from .prompt_cache import empty_prompt, floats_per_row, read_only, writable
 from .replay import take
 
-
 # how a model numbers tokens does not change while it lives
 _conventions: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 

@@ -29,8 +29,8 @@ _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to write into; on leaving without an error it takes the place of `folder`.
 
-    Files and folders in the old `folder` that were not written anew are kept as they are. After an error the old
-    folder is as it was and nothing of the new one is left behind.
+    Files and folders in the old `folder` that were not written anew are kept as they are. After an error the
+    old folder is as it was and nothing of the new one is left behind.
 
     Raises:
         ChainError: `folder` is a file.
@@ -71,7 +71,7 @@ def _keep_others(target: Path, stage: Path) -> None:
 def _link(source: str | os.PathLike[str], copy: str | os.PathLike[str]) -> str:
     try:
         os.link(source, copy, follow_symlinks=False)
-    except OSError:  # another disk, or a file system without hard links
+    except (OSError, NotImplementedError):  # another disk, or a file system without hard links
         shutil.copy2(source, copy, follow_symlinks=False)
     return str(copy)
 

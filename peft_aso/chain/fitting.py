@@ -62,38 +62,42 @@ class BaseView:
         weights = {
             f"{name}.{key}" if name else key: tensor
             for name, module in modules.items()
-            for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            for key, tensor in chain(
+                module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+            )
         }
         return cls(modules, weights)
 
 
-def check_fit(adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: BaseView) -> dict[str, torch.Tensor]:
+def check_fit(
+    adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: BaseView
+) -> dict[str, torch.Tensor]:
     """Check an adapter against the base model and return the tensors that may be loaded.
 
-    Tensors of the base model that PEFT saves beside an adapter on embeddings are compared with the model's own and
-    left out: what all tasks share is not changed by loading one of them.
+    Tensors of the base model that PEFT saves beside an adapter on embeddings are compared with the model's
+    own and left out: what all tasks share is not changed by loading one of them.
 
     Raises:
-        ChainError: a module that the model does not have, a tensor of another shape, weights that are missing or that
-            the config does not account for, a base weight that differs from the model's.
+        ChainError: a module that the model does not have, a tensor of another shape, weights that are missing
+            or that the config does not account for, a base weight that differs from the model's.
     """
     lora, others = _split(weights)
     modules = base.modules
     if not lora:
         raise ChainError(
-            f"The file of {adapter.name!r} ({adapter.path}) holds no LoRA matrices, only {sorted(weights)[:3]}. "
-            "Save the adapter again."
+            f"The file of {adapter.name!r} ({adapter.path}) holds no LoRA matrices, only "
+            f"{sorted(weights)[:3]}. Save the adapter again."
         )
     for name, matrices in lora.items():
         if isinstance(modules.get(name), nn.MultiheadAttention):
             raise ChainError(
-                f"{adapter.name!r} has weights for {name}, a MultiheadAttention, which cannot carry a history. Load it "
-                "alone, with PeftModel.from_pretrained."
+                f"{adapter.name!r} has weights for {name}, a MultiheadAttention, which cannot carry a "
+                "history. Load it alone, with PeftModel.from_pretrained."
             )
         if name not in modules:
             raise ChainError(
-                f"The adapter {adapter.name!r} does not fit this model, which has no module {name!r}. It was made for "
-                f"another base model{_base_hint(adapter)}."
+                f"The adapter {adapter.name!r} does not fit this model, which has no module {name!r}. It "
+                f"was made for another base model{_base_hint(adapter)}."
             )
         _check_pair(adapter, name, matrices, modules[name])
     if not any(True for _ in chain_obstacles(adapter.config)):
@@ -120,13 +124,13 @@ def check_name(name: str, base: nn.Module) -> None:
         check_adapter_name(name, base)
     except ValueError as error:
         raise ChainError(
-            f"{error} To rename a task that is saved already, change task_name in its adapter_config.json, and "
-            "history in those of the tasks after it."
+            f"{error} To rename a task that is saved already, change task_name in its adapter_config.json, "
+            "and history in those of the tasks after it."
         ) from error
 
 
 def in_out(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output size of a linear, embedding or convolution layer, also a quantized one; None for others."""
+    """Input and output size of a linear, embedding or convolution layer (quantized ones too), or None."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     for inputs, outputs in (
@@ -156,14 +160,16 @@ def _split(
     return dict(lora), others
 
 
-def _check_pair(adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Tensor], module: nn.Module) -> None:
+def _check_pair(
+    adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Tensor], module: nn.Module
+) -> None:
     """A and B of one module: both there, of one rank, of the module's sizes."""
     down = next((matrices[ending] for ending in _DOWN if ending in matrices), None)
     up = next((matrices[ending] for ending in _UP if ending in matrices), None)
     if down is None or up is None or down.dim() < 2 or up.dim() < 2:
         raise ChainError(
-            f"The file of {adapter.name!r} lacks one of the two matrices of {name} ({adapter.path}). It is incomplete: "
-            "save or download it again."
+            f"The file of {adapter.name!r} lacks one of the two matrices of {name} ({adapter.path}). It is "
+            "incomplete: save or download it again."
         )
     if down.shape[0] != up.shape[1] and not isinstance(module, nn.modules.conv._ConvNd):
         raise ChainError(
@@ -175,8 +181,8 @@ def _check_pair(adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Te
     if sizes is not None and (down.shape[1] * groups, up.shape[0]) != sizes:
         raise ChainError(
             f"The adapter {adapter.name!r} does not fit this model: {name} maps {down.shape[1] * groups} to "
-            f"{up.shape[0]} values in the file (A {tuple(down.shape)}, B {tuple(up.shape)}) and {sizes[0]} to "
-            f"{sizes[1]} in the model. It was made for another base model{_base_hint(adapter)}."
+            f"{up.shape[0]} values in the file (A {tuple(down.shape)}, B {tuple(up.shape)}) and {sizes[0]} "
+            f"to {sizes[1]} in the model. It was made for another base model{_base_hint(adapter)}."
         )
 
 
@@ -190,13 +196,13 @@ def _check_coverage(adapter: AdapterFile, lora: Mapping[str, Any], modules: Mapp
     if lacking := sorted(named - set(lora)):
         raise ChainError(
             f"The file of {adapter.name!r} has no weights for {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more modules' if lacking[1:] else ''}, which its config names as targets. It "
-            f"is incomplete, or was made for another base model{_base_hint(adapter)}."
+            f"{f' and {len(lacking) - 1} more modules' if lacking[1:] else ''}, which its config names as "
+            f"targets. It is incomplete, or was made for another base model{_base_hint(adapter)}."
         )
     if surplus := sorted(set(lora) - named):
         raise ChainError(
-            f"The file of {adapter.name!r} has weights for {surplus[0]}, which its config does not name as a target: "
-            f"adapter_config.json and the weights in {adapter.path} do not belong together."
+            f"The file of {adapter.name!r} has weights for {surplus[0]}, which its config does not name as "
+            f"a target: adapter_config.json and the weights in {adapter.path} do not belong together."
         )
 
 
@@ -205,9 +211,9 @@ def _heads(adapter: AdapterFile) -> tuple[str, ...]:
 
 
 def _is_base_copy(adapter: AdapterFile, key: str) -> bool:
-    """True for weights of the base model itself, which PEFT saves with embeddings that are targeted or were resized."""
+    """True for the base model's own weights, which PEFT saves with targeted or resized embeddings."""
     module = key.removeprefix(PREFIX).rpartition(".")[0]
-    return not any(part.endswith(_heads(adapter)) for part in _prefixes(module)) if _heads(adapter) else True
+    return not any(part.endswith(_heads(adapter)) for part in _prefixes(module))
 
 
 def _prefixes(module: str) -> Iterator[str]:
@@ -216,25 +222,29 @@ def _prefixes(module: str) -> Iterator[str]:
         yield ".".join(parts[:length])
 
 
-def _check_base_copy(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]) -> None:
+def _check_base_copy(
+    adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]
+) -> None:
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     held = own.get(name)
     if held is None:
         raise ChainError(
-            f"The file of {adapter.name!r} holds a tensor {key!r} that belongs to nothing in this model and to no "
-            f"setting of its config. It was made for another base model{_base_hint(adapter)}."
+            f"The file of {adapter.name!r} holds a tensor {key!r} that belongs to nothing in this model and "
+            f"to no setting of its config. It was made for another base model{_base_hint(adapter)}."
         )
     if held.shape != tensor.shape:
         raise ChainError(
-            f"The adapter {adapter.name!r} does not fit this model: {name} has shape {tuple(tensor.shape)} in the file "
-            f"and {tuple(held.shape)} here. If tokens were added before it was trained, call "
-            f"model.resize_token_embeddings({tensor.shape[0]}) on the base model and load the new rows into it first."
+            f"The adapter {adapter.name!r} does not fit this model: {name} has shape {tuple(tensor.shape)} "
+            f"in the file and {tuple(held.shape)} here. If tokens were added before it was trained, call "
+            f"model.resize_token_embeddings({tensor.shape[0]}) on the base model and load the new rows into "
+            "it first."
         )
     if held.device.type != "meta" and not _same_values(tensor, held):
         raise ChainError(
-            f"The file of {adapter.name!r} brings its own {name}, and it differs from the base model's. All tasks "
-            "share the base model, so loading it would change the others. If these are the right values, load them "
-            "into the base model yourself before load_chain (base.load_state_dict(..., strict=False))."
+            f"The file of {adapter.name!r} brings its own {name}, and it differs from the base model's. All "
+            "tasks share the base model, so loading it would change the others. If these are the right "
+            "values, load them into the base model yourself before load_chain (base.load_state_dict(..., "
+            "strict=False))."
         )
 
 
@@ -246,14 +256,16 @@ def _same_values(tensor: torch.Tensor, held: torch.Tensor) -> bool:
     return torch.equal(tensor.to(coarse), held.cpu().to(coarse))
 
 
-def _check_head(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]) -> None:
+def _check_head(
+    adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]
+) -> None:
     held = own.get(key.removeprefix(PREFIX))
     if held is None or held.shape != tensor.shape:
         here = "the model has no such weight" if held is None else f"it is {tuple(held.shape)} in the model"
         raise ChainError(
-            f"The adapter {adapter.name!r} does not fit this model: its {key.removeprefix(PREFIX)} has shape "
-            f"{tuple(tensor.shape)}, and {here}. A head of its own needs a base model with the same head: for a "
-            "classifier, the same num_labels."
+            f"The adapter {adapter.name!r} does not fit this model: its {key.removeprefix(PREFIX)} has "
+            f"shape {tuple(tensor.shape)}, and {here}. A head of its own needs a base model with the same "
+            "head: for a classifier, the same num_labels."
         )
 
 
@@ -266,8 +278,9 @@ def _check_heads_present(
         for weight in modules[name].state_dict():
             if f"{PREFIX}{name}.{weight}" not in others:
                 raise ChainError(
-                    f"The file of {adapter.name!r} lacks {name}.{weight}, and its config says that {name} is saved "
-                    f"with it (modules_to_save={sorted(set(_heads(adapter)))}). Save the adapter again."
+                    f"The file of {adapter.name!r} lacks {name}.{weight}, and its config says that {name} "
+                    f"is saved with it (modules_to_save={sorted(set(_heads(adapter)))}). Save the adapter "
+                    "again."
                 )
 
 

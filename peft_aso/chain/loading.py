@@ -1,7 +1,7 @@
 """Load a chain of tasks onto a base model, or take one adapter in as history.
 
-Everything that can be known from the files and the base model is checked before the model is touched; if PEFT refuses
-something later on, the model is put back as it was.
+Everything that can be known from the files and the base model is checked before the model is touched; if PEFT
+refuses something later on, the model is put back as it was.
 """
 
 from __future__ import annotations
@@ -49,25 +49,28 @@ def load_chain(
 
     Args:
         base: the base model, without adapters. It is changed in place, as by `get_peft_model`.
-        source: a folder written by `model.save_pretrained` or `save_chain`, or a list of adapter folders, oldest
-            first.
+        source: a folder written by `model.save_pretrained` or `save_chain`, or a list of adapter folders,
+            oldest first.
         tasks: load only these tasks, and what they were trained on top of. None: all.
         trainable: whether the newest task can be trained on. Its history is frozen either way.
-        strict: whether weights or histories that differ from the folder's `chain.json` are an error (else a warning).
-        autocast_adapter_dtype: as in PEFT: keep adapter weights in float32 where the model is in half precision.
+        strict: whether weights or histories that differ from the folder's `chain.json` are an error (else a
+            warning).
+        autocast_adapter_dtype: as in PEFT: keep adapter weights in float32 where the model is in half
+            precision.
 
     Returns:
-        The `PeftModel`, in eval mode unless trainable (then its mode is left as it was). Each adapter is called by its task's name.
+        The `PeftModel`, in eval mode unless trainable (then its mode is left as it was). Each adapter is
+        called by its task's name.
 
     Raises:
-        ChainError: before the model is touched: unreadable or unsafe files, NaN or Inf, another base model, a history
-            that is missing or cyclic, two folders with one task, a name that cannot be used, a base model that has
-            adapters already.
+        ChainError: before the model is touched: unreadable or unsafe files, NaN or Inf, another base model, a
+            history that is missing or cyclic, two folders with one task, a name that cannot be used, a base
+            model that has adapters already.
     """
     if isinstance(base, PeftModel) or has_adapters(base):
         raise ChainError(
-            "The base model has adapters already. Give load_chain the bare model (model.unload() returns it), or add "
-            "a single adapter to this one with load_history or model.load_adapter."
+            "The base model has adapters already. Give load_chain the bare model (model.unload() returns "
+            "it), or add a single adapter to this one with load_history or model.load_adapter."
         )
     adapters, manifest = _select(source, tasks, strict)
     for adapter in adapters:
@@ -93,7 +96,7 @@ def load_chain(
 
 
 def load_history(
-    model: nn.Module,
+    model: Any,
     source: str | os.PathLike[str],
     name: str | None = None,
     *,
@@ -107,19 +110,19 @@ def load_history(
         name: the task's name in the chain. None: the one in its config, else the folder's.
 
     Returns:
-        The `PeftModel`. What was active stays active, and what trained still trains. A model that had no adapter runs
-        the loaded one, frozen.
+        The `PeftModel`. What was active stays active, and what trained still trains. A model that had no
+        adapter runs the loaded one, frozen.
 
     Raises:
-        ChainError: before the model is touched: as `load_chain`; an adapter that cannot be summed with others (DoRA,
-            trained biases, PiSSA and others that change the base weights); a name that is taken; a history that is
-            not in the model.
+        ChainError: before the model is touched: as `load_chain`; an adapter that cannot be summed with others
+            (DoRA, trained biases, PiSSA and others that change the base weights); a name that is taken; a
+            history that is not in the model.
     """
     bare = not isinstance(model, PeftModel)
     if not bare and not isinstance(model.base_model, ASOLoraModel) or bare and has_adapters(model):
         raise ChainError(
-            "The model has adapters of another kind. load_history takes a model with ASO_LORA adapters, or a bare "
-            "base model (model.unload() returns it)."
+            "The model has adapters of another kind. load_history takes a model with ASO_LORA adapters, or "
+            "a bare base model (model.unload() returns it)."
         )
     adapter = read_adapter(existing_folder(source))
     if name is not None:
@@ -128,33 +131,38 @@ def load_history(
     inner = model if bare else model.base_model.model
     check_name(adapter.name, inner)
     _refuse_obstacles(adapter)
-    configs = {} if bare else model.peft_config
+    configs: Mapping[str, Any] = {} if bare else model.peft_config
     if adapter.name in configs or adapter_of(adapter.name, configs) is not None:
         raise ChainError(f"The model has a task called {adapter.name!r} already. Give another name=.")
     lacking = [task for task in adapter.history if adapter_of(task, configs) is None]
     if lacking:
         raise ChainError(
-            f"{adapter.name!r} was trained on top of {', '.join(map(repr, lacking))}, which the model does not hold. "
-            "Load those first, or the whole chain with load_chain."
+            f"{adapter.name!r} was trained on top of {', '.join(map(repr, lacking))}, which the model does "
+            "not hold. Load those first, or the whole chain with load_chain."
         )
     weights = check_fit(adapter, adapter.weights(), BaseView.of(inner))
     adapter = replace(adapter, config=_as_chain_config(adapter))
+    mode = inner.training
+    modes = {module: module.training for module in inner.modules()}
     with _put_back_on_error(inner, None if bare else model, adapter.name):
-        mode = inner.training
         model = _add(model, adapter, weights, autocast_adapter_dtype)
-    return model.train(mode)
+    for module in model.modules():
+        module.training = modes.get(module, mode)  # new modules start in training mode
+    return model
 
 
 def _select(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], tasks: Sequence[str] | None, strict: bool
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    tasks: Sequence[str] | None,
+    strict: bool,
 ) -> tuple[list[AdapterFile], Mapping[str, Mapping[str, Any]]]:
     """The adapters to load, oldest first, and the manifest's entries (none where there is no manifest)."""
     found = [read_adapter(path) for path in find_adapters(source)]
     for adapter in found:
         if adapter.is_stock:
             raise ChainError(
-                f"{adapter.path} is a stock LoRA adapter, trained without a chain. Take it in with load_history "
-                "first, train the tasks on top of it, and save the whole chain."
+                f"{adapter.path} is a stock LoRA adapter, trained without a chain. Take it in with "
+                "load_history first, train the tasks on top of it, and save the whole chain."
             )
     manifest: Mapping[str, Mapping[str, Any]] = {}
     if isinstance(source, (str, os.PathLike)):
@@ -165,8 +173,8 @@ def _select(
     combined = [adapter for adapter in found if adapter.config.combined]
     if combined and tasks is None:
         warnings.warn(
-            f"{[adapter.name for adapter in combined]} were made by add_weighted_adapter and are no tasks: they are "
-            "left out. Load them with model.load_adapter, or name them in tasks=.",
+            f"{[adapter.name for adapter in combined]} were made by add_weighted_adapter and are no tasks: "
+            "they are left out. Load them with model.load_adapter, or name them in tasks=.",
             stacklevel=3,
         )
         found = [adapter for adapter in found if not adapter.config.combined]
@@ -181,8 +189,8 @@ def has_adapters(model: nn.Module) -> bool:
 def _refuse_obstacles(adapter: AdapterFile) -> None:
     for reason in chain_obstacles(adapter.config):
         raise ChainError(
-            f"The adapter {adapter.name!r} ({adapter.path}) cannot be part of a chain of tasks: {reason}. Train it "
-            "without that setting, or use it alone, with PeftModel.from_pretrained."
+            f"The adapter {adapter.name!r} ({adapter.path}) cannot be part of a chain of tasks: {reason}. "
+            "Train it without that setting, or use it alone, with PeftModel.from_pretrained."
         )
 
 
@@ -203,16 +211,17 @@ def _warn_of_other_bases(adapters: Sequence[AdapterFile], base: nn.Module) -> No
     own = base.__dict__.get("name_or_path") or None
     if own is not None and names - {own} or len(names) > 1:
         warnings.warn(
-            f"The adapters say that they were trained on {', '.join(map(repr, sorted(names)))}; this base model is "
-            f"called {own!r}. If it is another model of the same shape, the results will be wrong.",
+            f"The adapters say that they were trained on {', '.join(map(repr, sorted(names)))}; this base "
+            f"model is called {own!r}. If it is another model of the same shape, the results will be wrong.",
             stacklevel=3,
         )
 
 
 def _starts_empty(config: Any) -> bool:
-    """Whether the adapter may be made without memory and take over the loaded tensors (PEFT's low_cpu_mem_usage).
+    """Whether the adapter may be made without memory and take over the loaded tensors.
 
-    Not where making it looks at the base weights, and not with heads, which are copies of the base model's.
+    This is PEFT's low_cpu_mem_usage.     Not where making it looks at the base weights, and not with heads,
+    which are copies of the base model's.
     """
     plain = isinstance(config.init_lora_weights, bool) or config.init_lora_weights in _PLAIN_START
     return plain and not config.modules_to_save and config.task_type not in _TYPES_WITH_HEADS
@@ -224,7 +233,8 @@ def _add(model: Any, adapter: AdapterFile, weights: Mapping[str, torch.Tensor], 
     if isinstance(model, PeftModel):
         model.add_adapter(name, config, low_cpu_mem_usage=empty, autocast_adapter_dtype=autocast)
     else:
-        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None  # differences: warned of before
+        # PEFT would warn of another name here, for the first adapter only: done for all of them before
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         model = get_peft_model(
             model, config, adapter_name=name, low_cpu_mem_usage=empty, autocast_adapter_dtype=autocast
         )
@@ -232,8 +242,8 @@ def _add(model: Any, adapter: AdapterFile, weights: Mapping[str, torch.Tensor], 
     missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
     if missing or result.unexpected_keys:
         raise ChainError(
-            f"The adapter {name!r} ({adapter.path}) does not fit this model: the file lacks {missing[:3]} and has "
-            f"{list(result.unexpected_keys)[:3]} too many. It was made for another base model."
+            f"The adapter {name!r} ({adapter.path}) does not fit this model: the file lacks {missing[:3]} "
+            f"and has {list(result.unexpected_keys)[:3]} too many. It was made for another base model."
         )
     model.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=autocast)
     return model

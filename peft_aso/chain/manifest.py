@@ -22,8 +22,8 @@ FORMAT_VERSION = 1
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of the values as float32, in the order of the tensors' names.
 
-    The dtype in which they are kept does not matter (PEFT changes it when it loads), nor does the layout of the file.
-    The attribution vector is left out: the adapter is the same without it.
+    The dtype in which they are kept does not matter (PEFT changes it when it loads), nor does the layout of
+    the file. The attribution vector is left out: the adapter is the same without it.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
@@ -78,15 +78,17 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
         complete = all({"folder", "history", "sha256"} <= set(entry) for entry in entries.values())
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ChainError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Save the chain again, or delete the file: the "
-            "adapters can be read without it."
+            f"{path} is damaged ({type(error).__name__}: {error}). Save the chain again, or delete the "
+            "file: the adapters can be read without it."
         ) from error
     if not is_ours or not complete:
-        raise ChainError(f"{path} was not written by save_chain. Delete or rename it: adapters are read without it.")
+        raise ChainError(
+            f"{path} was not written by save_chain. Delete or rename it: adapters are read without it."
+        )
     if version > FORMAT_VERSION:
         raise ChainError(
-            f"{path} has format version {version}; this package reads up to {FORMAT_VERSION}. Upgrade peft-aso, or "
-            "delete the file: the adapters can be read without it."
+            f"{path} has format version {version}; this package reads up to {FORMAT_VERSION}. Upgrade "
+            "peft-aso, or delete the file: the adapters can be read without it."
         )
     for task, entry in entries.items():
         check_task_name(task, path)
@@ -97,20 +99,21 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 def check_listing(
     folder: Path, entries: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterFile], strict: bool
 ) -> None:
-    """Cross-check tasks and histories with the manifest. Adapters added to the folder later are not in it: fine."""
+    """Cross-check tasks and histories with the manifest; adapters that were added later need not be in it."""
     by_name = {adapter.name: adapter for adapter in adapters}
     for task, entry in entries.items():
         if task not in by_name:
             warn_or_raise(
-                f"{folder / MANIFEST_NAME} lists the task {task!r} (folder {entry['folder']!r}), which is not there. "
-                "The copy is incomplete: fetch that folder, or pass strict=False to load the others.",
+                f"{folder / MANIFEST_NAME} lists the task {task!r} (folder {entry['folder']!r}), which is "
+                "not there. The copy is incomplete: fetch that folder, or pass strict=False to load the "
+                "others.",
                 strict,
             )
         elif by_name[task].history != list(entry["history"]):
             warn_or_raise(
-                f"The history of {task!r} is {by_name[task].history} in its adapter_config.json and {entry['history']} "
-                f"in {folder / MANIFEST_NAME}. One of them was changed by hand; run save_chain again, or pass "
-                "strict=False to believe adapter_config.json.",
+                f"The history of {task!r} is {by_name[task].history} in its adapter_config.json and "
+                f"{entry['history']} in {folder / MANIFEST_NAME}. One of them was changed by hand; run "
+                "save_chain again, or pass strict=False to believe adapter_config.json.",
                 strict,
             )
 
@@ -124,8 +127,8 @@ def check_hash(
     found = weights_hash(weights)
     if found != entry["sha256"]:
         warn_or_raise(
-            f"The weights of {adapter.name!r} in {adapter.path} are not those that save_chain wrote: sha256 {found} "
-            f"here, {entry['sha256']} in {MANIFEST_NAME}. If you saved the adapter again, run save_chain on the whole "
-            "chain; else restore the file. strict=False loads what is there.",
+            f"The weights of {adapter.name!r} in {adapter.path} are not those that save_chain wrote: sha256 "
+            f"{found} here, {entry['sha256']} in {MANIFEST_NAME}. If you saved the adapter again, run "
+            "save_chain on the whole chain; else restore the file. strict=False loads what is there.",
             strict,
         )

@@ -16,17 +16,21 @@ def in_order(adapters: Sequence[AdapterFile], tasks: Sequence[str] | None = None
         tasks: only these and their histories; None: all.
 
     Raises:
-        ChainError: two adapters hold the same task, a task is not there, a history is not there, or the histories
-            form a cycle.
+        ChainError: two adapters hold the same task, a task is not there, a history is not there, or the
+            histories form a cycle.
     """
     by_name = _by_name(adapters)
     if tasks is not None:
         wanted = [tasks] if isinstance(tasks, str) else list(tasks)
         for task in wanted:
             if task not in by_name:
-                raise ChainError(f"There is no task {task!r} here. There are: {', '.join(map(repr, by_name))}.")
+                raise ChainError(
+                    f"There is no task {task!r} here. There are: {', '.join(map(repr, by_name))}."
+                )
         if not wanted:
-            raise ChainError(f"tasks is an empty list. Name some of {', '.join(map(repr, by_name))}, or leave it out.")
+            raise ChainError(
+                f"tasks is an empty list. Name some of {', '.join(map(repr, by_name))}, or leave it out."
+            )
         by_name = {name: adapter for name, adapter in by_name.items() if name in _ancestry(wanted, by_name)}
     for adapter in by_name.values():
         lacking = [task for task in adapter.history if task not in by_name]
@@ -45,8 +49,8 @@ def _by_name(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
     for adapter in adapters:
         if adapter.name in by_name:
             raise ChainError(
-                f"Two folders hold a task called {adapter.name!r}: {by_name[adapter.name].path} and {adapter.path}. "
-                "Remove one of them, or pass a list of the folders that you mean."
+                f"Two folders hold a task called {adapter.name!r}: {by_name[adapter.name].path} and "
+                f"{adapter.path}. Remove one of them, or pass a list of the folders that you mean."
             )
         by_name[adapter.name] = adapter
     return by_name
@@ -72,8 +76,8 @@ def _sorted(by_name: dict[str, AdapterFile]) -> list[AdapterFile]:
         ready = next((name for name, adapter in waiting.items() if placed.issuperset(adapter.history)), None)
         if ready is None:
             raise ChainError(
-                f"The histories form a cycle: {_cycle(waiting)} (each was trained on top of the next). One of these "
-                "adapters has a wrong `history` in its adapter_config.json."
+                f"The histories form a cycle: {_cycle(waiting)} (each was trained on top of the next). One "
+                "of these adapters has a wrong `history` in its adapter_config.json."
             )
         ordered.append(waiting.pop(ready))
         placed.add(ready)

@@ -1,6 +1,7 @@
 """Read adapter folders from the disk, trusting nothing: safetensors only, no link that leads away, no NaN.
 
-Nothing here touches a model. A folder that passes is an `AdapterFile`: its config, parsed, and its weights on demand.
+Nothing here touches a model. A folder that passes is an `AdapterFile`: its config, parsed, and its weights on
+demand.
 """
 
 from __future__ import annotations
@@ -59,17 +60,19 @@ class AdapterFile:
         path = plain_file(self.path, SAFETENSORS_WEIGHTS_NAME)
         try:
             with safe_open(str(path), framework="pt") as file:
-                # cloned: a tensor that is a view of the file would change, or crash, when the file is saved anew
+                # cloned: a view of the file would change, or crash, when the file is saved anew
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ChainError(_damaged(path, error)) from error
         if not tensors:
-            raise ChainError(f"{path} holds no tensors. The adapter was saved without its weights: save it again.")
+            raise ChainError(
+                f"{path} holds no tensors. The adapter was saved without its weights: save it again."
+            )
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ChainError(
-                    f"The weights of {self.name!r} hold NaN or Inf ({name} in {path}). The file is damaged or the "
-                    "training diverged; nothing was loaded. Use an earlier checkpoint."
+                    f"The weights of {self.name!r} hold NaN or Inf ({name} in {path}). The file is damaged "
+                    "or the training diverged; nothing was loaded. Use an earlier checkpoint."
                 )
         return tensors
 
@@ -78,16 +81,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     """Read one adapter's config and see that its weights are in a file that can be read safely.
 
     Raises:
-        ChainError: no adapter in the folder; only pickled weights; a link that leads out of the folder; a config that
-            is no JSON, or of another PEFT method.
+        ChainError: no adapter in the folder; only pickled weights; a link that leads out of the folder; a
+            config that is no JSON, or of another PEFT method.
     """
     path = Path(folder)
-    values = _read_json_config(plain_file(path, CONFIG_NAME))
+    values = read_json_config(plain_file(path, CONFIG_NAME))
     kind = values.get("peft_type")
     if kind not in (PEFT_TYPE_NAME, STOCK_TYPE_NAME):
         raise ChainError(
-            f"{path} holds an adapter of peft_type {kind!r}. A chain is made of {PEFT_TYPE_NAME} adapters; stock "
-            f"{STOCK_TYPE_NAME} adapters can join it with load_history. Other methods cannot."
+            f"{path} holds an adapter of peft_type {kind!r}. A chain is made of {PEFT_TYPE_NAME} adapters; "
+            f"stock {STOCK_TYPE_NAME} adapters can join it with load_history. Other methods cannot."
         )
     _refuse_pickles(path)
     plain_file(path, SAFETENSORS_WEIGHTS_NAME)
@@ -96,7 +99,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         config = config_class.from_peft_type(**config_class.check_kwargs(**values))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ChainError(
-            f"{path / CONFIG_NAME} is not a valid config: {error}. Save the adapter again, or mend the file."
+            f"{path / CONFIG_NAME} is not a valid config: {str(error).rstrip('.')}. Save the adapter again, "
+            "or mend the file."
         ) from error
     name = getattr(config, "task_name", None) or path.resolve().name
     check_task_name(name, path)
@@ -106,11 +110,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
 def find_adapters(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The adapter folders of a source: a list of folders as it stands, or a chain's folder looked through.
 
-    In a chain's folder each adapter has a subfolder of its own; one called "default" lies in the folder itself, as
-    PEFT saves it.
+    In a chain's folder each adapter has a subfolder of its own; one called "default" lies in the folder
+    itself, as PEFT saves it.
 
     Raises:
-        ChainError: there is no such folder, it holds no adapter, or a subfolder is a link that leads out of it.
+        ChainError: there is no such folder, it holds no adapter, or a subfolder is a link that leads out of
+            it.
     """
     if not isinstance(source, (str, os.PathLike)):
         folders = [existing_folder(entry) for entry in source]
@@ -125,8 +130,9 @@ def find_adapters(source: str | os.PathLike[str] | Sequence[str | os.PathLike[st
             found.append(entry)
     if not found:
         raise ChainError(
-            f"There is no adapter in {root}: neither the folder nor a folder in it has a file {CONFIG_NAME}. Give a "
-            "folder written by model.save_pretrained or save_chain, or a list of adapter folders."
+            f"There is no adapter in {root}: neither the folder nor a folder in it has a file "
+            f"{CONFIG_NAME}. Give a folder written by model.save_pretrained or save_chain, or a list of "
+            "adapter folders."
         )
     return found
 
@@ -139,11 +145,13 @@ def existing_folder(source: str | os.PathLike[str]) -> Path:
     """
     path = Path(source)
     if path.is_file():
-        raise ChainError(f"{path} is a file. Give the folder that holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.")
+        raise ChainError(
+            f"{path} is a file. Give the folder that holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
     if not path.is_dir():
         raise ChainError(
-            f"There is no folder {str(source)!r} on this machine. For a repository on the Hub, download it first and "
-            "give the folder that huggingface_hub.snapshot_download returns."
+            f"There is no folder {str(source)!r} on this machine. For a repository on the Hub, download it "
+            "first and give the folder that huggingface_hub.snapshot_download returns."
         )
     return path
 
@@ -156,7 +164,9 @@ def plain_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not os.path.lexists(path):
-        raise ChainError(f"{folder} has no file {name}. It is not an adapter's folder, or its download is incomplete.")
+        raise ChainError(
+            f"{folder} has no file {name}. It is not an adapter's folder, or its download is incomplete."
+        )
     _refuse_escape(folder, path)
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         raise ChainError(f"{path} is not a regular file. Save the adapter again.")
@@ -171,8 +181,8 @@ def check_task_name(name: Any, where: Path) -> None:
     """
     if not isinstance(name, str) or not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
         raise ChainError(
-            f"{where} says that its task is called {name!r}, which cannot be the name of a task. Use letters, digits, "
-            "'-' and '_'."
+            f"{where} says that its task is called {name!r}, which cannot be the name of a task. Use "
+            "letters, digits, '-' and '_'."
         )
 
 
@@ -183,14 +193,14 @@ def _refuse_pickles(folder: Path) -> None:
     pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in _PICKLES]
     if pickles:
         raise ChainError(
-            f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read. Only "
-            "safetensors is read here. If you trust the file, convert it once: load it with "
+            f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is "
+            "read. Only safetensors is read here. If you trust the file, convert it once: load it with "
             "peft.PeftModel.from_pretrained and save it with save_pretrained, which writes safetensors."
         )
 
 
 def _refuse_escape(folder: Path, path: Path) -> None:
-    """Refuse links out of a folder, but for the Hub cache's own, which lead from snapshots/<revision> to blobs."""
+    """Refuse links out of a folder, but for the Hub cache's own (from snapshots/<revision> to blobs)."""
     root, target = folder.resolve(), path.resolve()
     if target.is_relative_to(root):
         return
@@ -198,20 +208,31 @@ def _refuse_escape(folder: Path, path: Path) -> None:
         if parent.parent.name == "snapshots" and target.is_relative_to(parent.parent.parent / "blobs"):
             return
     raise ChainError(
-        f"{path} is a link that leads out of its folder (to {target}); it is not followed. Put the files themselves "
-        "there, or pass the folders that you mean as a list."
+        f"{path} is a link that leads out of its folder (to {target}); it is not followed. Put the files "
+        "themselves there, or pass the folders that you mean as a list."
     )
 
 
-def _read_json_config(path: Path) -> dict[str, Any]:
+def read_json_config(path: Path) -> dict[str, Any]:
+    """The content of an adapter_config.json.
+
+    Raises:
+        ChainError: it is absurdly large, no JSON, or no object.
+    """
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ChainError(f"{path} has {path.stat().st_size} bytes; that is no adapter's config. Save the adapter again.")
+        raise ChainError(
+            f"{path} has {path.stat().st_size} bytes; that is no adapter's config. Save the adapter again."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ChainError(f"{path} is not valid JSON ({error}). The file is damaged: save the adapter again.") from error
+        raise ChainError(
+            f"{path} is not valid JSON ({error}). The file is damaged: save the adapter again."
+        ) from error
     if not isinstance(values, dict):
-        raise ChainError(f"{path} is not the config of an adapter: it holds a {type(values).__name__}, not an object.")
+        raise ChainError(
+            f"{path} is not the config of an adapter: it holds a {type(values).__name__}, not an object."
+        )
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well
     return values
 
@@ -222,6 +243,6 @@ def _damaged(path: Path, error: Exception) -> str:
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its repository."
     return (
-        f"{path} cannot be read as safetensors ({error}). The file is truncated or damaged; nothing was loaded. "
-        "Download or save it again."
+        f"{path} cannot be read as safetensors ({error}). The file is truncated or damaged; nothing was "
+        "loaded. Download or save it again."
     )

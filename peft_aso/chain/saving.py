@@ -22,31 +22,35 @@ PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
 
 
 def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> Path:
-    """Save tasks with their history, one subfolder a task, and `chain.json` with their order and fingerprints.
+    """Save tasks with their history, one subfolder a task, and `chain.json` (their order, fingerprints).
 
-    All is written beside `folder` first and takes its place in one step, so that an error or a killed process leaves
-    what was there. Other files and folders in it are kept.
+    All is written beside `folder` first and takes its place in one step, so that an error or a killed process
+    leaves what was there. Other files and folders in it are kept.
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
         folder: where to; it is made if it does not exist.
-        tasks: which tasks (their history must be among them). None: all but the products of `add_weighted_adapter`.
+        tasks: which tasks (their history must be among them). None: all but the products of
+            `add_weighted_adapter`.
 
     Returns:
         The folder.
 
     Raises:
-        ChainError: before anything is written: another kind of model, an unknown task, a task without its history.
+        ChainError: before anything is written: another kind of model, an unknown task, a task without its
+            history.
         OSError: the disk is full or cannot be written to; what was there is as it was.
     """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
-        raise ChainError("save_chain needs a PeftModel with ASO_LORA adapters (get_peft_model with an ASOLoraConfig).")
+        raise ChainError(
+            "save_chain needs a PeftModel with ASO_LORA adapters (get_peft_model with an ASOLoraConfig)."
+        )
     adapters = _selected(model, tasks)
     path = Path(folder)
     if (path / CONFIG_NAME).exists():
         raise ChainError(
-            f"{path} is itself the folder of an adapter: a chain in it would be read together with that adapter. Give "
-            "another folder."
+            f"{path} is itself the folder of an adapter: a chain in it would be read together with that "
+            "adapter. Give another folder."
         )
     with replaced_folder(path) as stage:
         written = []
@@ -70,14 +74,16 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
         raise ChainError(f"There is no task to save. The model holds: {', '.join(map(repr, configs))}.")
     selected = {task_name_of(name, configs[name]): name for name in names}
     if len(selected) < len(names):
-        raise ChainError(f"Two of the adapters {names} have the same task_name, or one is named twice. Save one of them.")
+        raise ChainError(
+            f"Two of the adapters {names} have the same task_name, or one is named twice. Save one of them."
+        )
     for task, name in selected.items():
         check_task_name(task, Path(f"The adapter {name!r}"))
         lacking = [old for old in configs[name].history or [] if old not in selected]
         if lacking:
             raise ChainError(
-                f"{task!r} was trained on top of {', '.join(map(repr, lacking))}, which would not be in the folder. "
-                "Save them together (tasks=None saves all), loading them first if need be."
+                f"{task!r} was trained on top of {', '.join(map(repr, lacking))}, which would not be in the "
+                "folder. Save them together (tasks=None saves all), loading them first if need be."
             )
     return selected
 
@@ -91,7 +97,7 @@ def _adapter(task: str, configs: Any) -> str:
 
 
 def _write_adapter(model: Any, adapter: str, stage: Path, task: str) -> None:
-    """One adapter through PEFT's own saving, which chooses the folder by the adapter's name; put under the task's."""
+    """Save one adapter as PEFT does (in a folder by the adapter's name) and move it to its task's folder."""
     scratch = stage / ".saving"
     model.save_pretrained(str(scratch), selected_adapters=[adapter])
     written = scratch if adapter == PEFT_DEFAULT else scratch / adapter

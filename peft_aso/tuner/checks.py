@@ -1,4 +1,4 @@
-"""What may not become part of a chain of tasks, and why."""
+"""What may not become part of a chain of tasks, and why; what may not be loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from .history import HistoryError
-from .layer import UNSUPPORTED_LAYERS, matrices_of
+from .layer import UNSUPPORTED_LAYERS, adapters_in
 
 # init_lora_weights values that change the base weights, which all tasks share
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,6 +29,13 @@ _NOT_A_SUM = {
     "kasa_config": "it truncates the base weight",
 }
 
+# parts of PEFT's own parameter names; "__base__" stands for the base model in mixed batches
+_PEFT_PARTS = {
+    "__base__", "base_model", "model", "base_layer", "weight", "bias", "lora_A", "lora_B", "lora_embedding_A",
+    "lora_embedding_B", "lora_dropout", "lora_magnitude_vector", "modules_to_save", "original_module",
+    "token_adapter",
+}  # fmt: skip
+
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
     """Refuse adapter names that PEFT would confuse with parts of the model's own parameter names.
@@ -36,23 +43,28 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     Raises:
         ValueError: the name is empty, has a dot, or equals a part of a module or parameter name.
     """
-    parts = {"base_model", "base_layer", "weight", "bias", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
-    parts.update(part for key, _ in model.named_modules() if "lora_" not in key for part in key.split("."))
+    parts = set(_PEFT_PARTS)
+    for keys in (model.named_modules(), model.named_parameters(), model.named_buffers()):
+        parts.update(part for key, _ in keys if "lora_" not in key for part in key.split("."))
     if not name or "." in name or "/" in name or name in parts:
         raise ValueError(
-            f"An adapter cannot be called {name!r}: the name is empty, has a dot or a slash, or is a part of the "
-            "model's own parameter names, and PEFT finds an adapter's weights by its name. Choose another name, "
-            f"such as {'task-' + name.replace('.', '-').replace('/', '-')!r}."
+            f"An adapter cannot be called {name!r}: the name is empty, has a dot or a slash, or is a part of "
+            "the model's own parameter names, and PEFT finds an adapter's weights by its name. Choose "
+            f"another name, such as {'task-' + name.replace('.', '-').replace('/', '-')!r}."
         )
+
+
+def changes_base(config: Any) -> bool:
+    """True if adding an adapter with this config changes the weights of the base model."""
+    return str(config.init_lora_weights).lower().startswith(_CHANGES_BASE)
 
 
 def chain_obstacles(config: Any) -> Iterator[str]:
     """Reasons why an adapter with this config can be neither history nor built on a history."""
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(_CHANGES_BASE):
+    if changes_base(config):
         yield (
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which all tasks share (train it "
-            "with another initialisation, or convert it with save_pretrained("
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which all tasks share "
+            "(train it with another initialisation, or convert it with save_pretrained("
             "path_initial_model_for_weight_conversion=...))"
         )
     if config.bias != "none":
@@ -73,26 +85,45 @@ def check_chain(adapter: str, history: tuple[str, ...], configs: Mapping[str, An
     for name in (*history, adapter):
         for reason in chain_obstacles(configs[name]):
             raise HistoryError(
-                f"The adapter {name!r} cannot be part of a chain of tasks: {reason}. Use it alone (history=[]), or "
-                "leave the setting out."
+                f"The adapter {name!r} cannot be part of a chain of tasks: {reason}. Use it alone "
+                "(history=[]), or leave the setting out."
+            )
+
+
+def check_base_unchanged(adapter: str, configs: Mapping[str, Any]) -> None:
+    """Refuse an initialisation that changes the base weights under other adapters of the same model.
+
+    Raises:
+        HistoryError: says which adapter it is.
+    """
+    for name, config in configs.items():
+        if changes_base(config) and len(configs) > 1:
+            raise HistoryError(
+                f"{adapter!r} cannot be added: init_lora_weights={config.init_lora_weights!r} of {name!r} "
+                "changes the base weights, which all adapters of the model share. Keep such an adapter alone "
+                "in its model, or train it with another initialisation."
             )
 
 
 def check_layers(layers: Mapping[str, LoraLayer], adapter: str, history: tuple[str, ...]) -> None:
     """Refuse layer types whose output is not the base layer's plus the adapter's."""
     for name, layer in layers.items():
-        if history and isinstance(layer, UNSUPPORTED_LAYERS) and adapter in layer.lora_A:
+        if history and isinstance(layer, UNSUPPORTED_LAYERS) and adapters_in(layer, [*history, adapter]):
             raise HistoryError(
-                f"{name} is a {type(layer).__name__}, which cannot carry a history. Leave it out of target_modules, "
-                f"or add {adapter!r} with history=[]."
+                f"{name} is a {type(layer).__name__}, which cannot carry a history. Leave it out of "
+                f"target_modules, or add {adapter!r} with history=[]."
             )
 
 
-def check_weights(state_dict: Mapping[str, Any], model: nn.Module, adapter: str) -> None:
-    """Check weights that are about to be loaded: finite, and of the shapes that the model has.
+def check_weights(
+    state_dict: Mapping[str, Any], model: nn.Module, adapter: str, complete: bool = False
+) -> None:
+    """Check weights that are about to be loaded: finite, of the shapes that the model has, for modules that
+    it has.
 
     Args:
         state_dict: with the model's own keys (the adapter's name in them).
+        complete: whether all weights of the adapter have to be there.
 
     Raises:
         ValueError: names the tensor and what is wrong with it.
@@ -103,22 +134,23 @@ def check_weights(state_dict: Mapping[str, Any], model: nn.Module, adapter: str)
             continue
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(
-                f"The weights of adapter {adapter!r} hold NaN or Inf ({key}). The file is damaged or the training "
-                "diverged; nothing was loaded. Use an earlier checkpoint."
+                f"The weights of adapter {adapter!r} hold NaN or Inf ({key}). The file is damaged or the "
+                "training diverged; nothing was loaded. Use an earlier checkpoint."
             )
-        if key in shapes and shapes[key] != value.shape:
+        found = shapes.get(key)
+        if (found is not None and found != value.shape) or (found is None and ".lora_" in key):
+            here = "is not in it" if found is None else f"has shape {tuple(found)} in it"
             raise ValueError(
-                f"The adapter {adapter!r} does not fit this model: {key} has shape {tuple(value.shape)} in the file "
-                f"and {tuple(shapes[key])} here. It was made for another base model, or its adapter_config.json does "
-                "not belong to its weights."
+                f"The adapter {adapter!r} does not fit this model: {key}, of shape {tuple(value.shape)} in "
+                f"the file, {here}. It was made for another base model, or its adapter_config.json does not "
+                "belong to its weights."
             )
-
-
-def untrained(layers: Mapping[str, LoraLayer], adapter: str) -> bool:
-    """True if all of the adapter's B matrices are zero: it adds nothing yet."""
-    matrices = [
-        matrices_of(layer, adapter)[1]
-        for layer in layers.values()
-        if adapter in layer.lora_B or adapter in layer.lora_embedding_B
-    ]
-    return all(not matrix.any() for matrix in matrices)
+    own = (f".lora_{part}.{adapter}" for part in ("A", "B", "embedding_A", "embedding_B"))
+    lacking = [key for part in own for key in shapes if part + "." in key or key.endswith(part)]
+    lacking = [key for key in lacking if key not in state_dict]
+    if complete and lacking:
+        raise ValueError(
+            f"The adapter {adapter!r} does not fit this model: its file has no weights for {len(lacking)} of "
+            f"the model's parameters, such as {lacking[0]}. It was made for another base model, or its "
+            "adapter_config.json does not belong to its weights."
+        )

