@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from tasks import AnswerDataset, Task, accuracy, load_model, read_task, task_names
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
 from peft_aso import (
@@ -34,7 +36,6 @@ from peft_aso import (
     save_chain,
 )
 from peft_aso.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
-from tasks import AnswerDataset, Task, accuracy, load_model, read_task, task_names
 
 HERE = Path(__file__).parent
 
@@ -51,13 +52,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--penalty", choices=["squared", "l1"], default="squared", help="form of the penalty (Eq. 7)")
+    parser.add_argument(
+        "--penalty", choices=["squared", "l1"], default="squared", help="form of the penalty (Eq. 7)"
+    )
     parser.add_argument("--penalty-weight", type=float, help="lambda of Eq. 7; 0: IncLoRA")
     parser.add_argument("--probe", type=int, default=4, help="examples on which attribution is computed")
-    parser.add_argument("--refresh", type=float, default=0.25, help="fraction of a run between two refreshes of psi")
-    parser.add_argument("--no-reference", action="store_true", help="skip training each task alone (no FWT then)")
+    parser.add_argument(
+        "--refresh", type=float, default=0.25, help="fraction of a run between two refreshes of psi"
+    )
+    parser.add_argument(
+        "--no-reference", action="store_true", help="skip training each task alone (no FWT then)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def attribution(args: argparse.Namespace) -> AttributionConfig:
+    return AttributionConfig(
+        probe_size=args.probe, refresh=args.refresh, quadrature="gauss_legendre", steps=args.steps
+    )
 
 
 def settings(args: argparse.Namespace, seq2seq: bool, **changes: Any) -> ASOLoraConfig:
@@ -68,8 +81,24 @@ def settings(args: argparse.Namespace, seq2seq: bool, **changes: Any) -> ASOLora
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         penalty=args.penalty,
         penalty_weight=args.penalty_weight,
-        **{"attribution": AttributionConfig(probe_size=args.probe, refresh=args.refresh), **changes},
+        **{"attribution": attribution(args), **changes},
     )
+
+
+@functools.cache
+def bf16_is_faster() -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(512, 1024, dtype=dtype, device=device) for _ in range(2))
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            (a @ b.T).sum().item()
+            times.append(time.perf_counter() - started)
+        best[dtype] = min(times)
+    return best[torch.bfloat16] < best[torch.float32]
 
 
 def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> None:
@@ -85,7 +114,7 @@ def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> N
         learning_rate=args.lr,
         weight_decay=0.0,
         lr_scheduler_type="constant",
-        bf16=True,
+        bf16=bf16_is_faster(),
         logging_steps=5,
         save_strategy="no",
         report_to=[],
@@ -100,12 +129,17 @@ def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> N
     trainer.train()
 
 
-def learn_chain(model: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
+def learn_chain(
+    model: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace
+) -> tuple[Any, Any, list[Any]]:
     """Learn the tasks one after another; returns the model, the accuracy matrix and each task's similarities."""
     matrix: list[list[float]] = []
     similarities: list[dict[str, float]] = []
     for stage, task in enumerate(tasks):
-        print(f"\n=== Stage {stage + 1} of {len(tasks)}: learn {task.name} ({len(task.train)} examples) ===", flush=True)
+        print(
+            f"\n=== Stage {stage + 1} of {len(tasks)}: learn {task.name} ({len(task.train)} examples) ===",
+            flush=True,
+        )
         started = time.time()
         config = settings(args, model.config.is_encoder_decoder)
         if stage == 0:
@@ -204,8 +238,16 @@ def report(
     """Print the tables."""
     print("\nAccuracy in percent, no task label given; the last row is measured on the merged model\n")
     print(table(tasks, matrix, reference))
-    print("\n" + "   ".join(f"{name} {100 * value:+.1f}" if name != "AA" else f"AA {100 * value:.1f}" for name, value in metrics.items()))
-    print("(AA average accuracy, FM forgetting: lower is better, BWT backward and FWT forward transfer: higher is)")
+    print(
+        "\n"
+        + "   ".join(
+            f"{name} {100 * value:+.1f}" if name != "AA" else f"AA {100 * value:.1f}"
+            for name, value in metrics.items()
+        )
+    )
+    print(
+        "(AA average accuracy, FM forgetting: lower is better, BWT backward and FWT forward transfer: higher is)"
+    )
     print("\nSimilarity w of each task to the earlier ones (psi = 1 - w holds them apart)")
     for task, row in zip(tasks[1:], similarities[1:], strict=True):
         print(f"  {task.name:16}" + "   ".join(f"{old} {value:.2f}" for old, value in row.items()))

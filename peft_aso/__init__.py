@@ -7,7 +7,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from . import metrics, plots
 from .attribution import AttributionVector, similarity
+from .chain import ChainError, export_lora, load_chain, load_history, save_chain
 from .registration import register
 from .training import (
     ASOSeq2SeqTrainer,
@@ -29,10 +31,17 @@ __all__ = [
     "ASOTrainerMixin",
     "AttributionConfig",
     "AttributionVector",
+    "ChainError",
     "Coefficients",
     "HistoryError",
     "MissingHistoryError",
     "compute_attribution",
+    "export_lora",
+    "load_chain",
+    "load_history",
+    "metrics",
+    "plots",
+    "save_chain",
     "similarity",
     "update_coefficients",
 ]

@@ -78,13 +78,9 @@ def export_lora(
     if tuner is None:
         raise ChainError("export_lora needs a PeftModel with ASO_LORA adapters.")
     if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
-        raise ChainError(
-            f"max_rank={max_rank!r} must be a whole number of at least 1, or None for the exact sum."
-        )
+        raise ChainError(f"max_rank={max_rank!r} must be a whole number of at least 1, or None for the exact sum.")
     if dtype is not None and not dtype.is_floating_point:
-        raise ChainError(
-            f"dtype={dtype} is not a floating point type. Use torch.float32, bfloat16 or float16."
-        )
+        raise ChainError(f"dtype={dtype} is not a floating point type. Use torch.float32, bfloat16 or float16.")
     _check_folder(Path(folder))
     names = _selected(tuner, tasks)
     layers = _layers(tuner, names)
@@ -131,9 +127,7 @@ def _selected(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[str]:
         found = [adapter_of(task, configs) for task in wanted]
         if not found or None in found or len(set(found)) < len(found):
             known = ", ".join(repr(task_name_of(name, config)) for name, config in configs.items())
-            raise ChainError(
-                f"tasks={wanted}: give each task once, out of those that the model holds: {known}."
-            )
+            raise ChainError(f"tasks={wanted}: give each task once, out of those that the model holds: {known}.")
         names = [name for name in found if name is not None]
     for name in names:
         reasons = list(chain_obstacles(configs[name]))
@@ -165,10 +159,7 @@ def _parts(layer: LoraLayer, names: Sequence[str]) -> list[tuple[torch.Tensor, t
     """A, B (convolutions flattened) and scale of each adapter that the layer has."""
     present = adapters_in(layer, names)
     pairs = [matrices_of(layer, name) for name in present]
-    return [
-        (a.flatten(1), b.flatten(1), float(layer.scaling[n]))
-        for n, (a, b) in zip(present, pairs, strict=True)
-    ]
+    return [(a.flatten(1), b.flatten(1), float(layer.scaling[n])) for n, (a, b) in zip(present, pairs, strict=True)]
 
 
 def _common_dtype(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> torch.dtype:
@@ -273,9 +264,7 @@ def _config(
         fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         modules_to_save=heads,
         task_type=last.task_type,
-        base_model_name_or_path=last.base_model_name_or_path
-        or tuner.model.__dict__.get("name_or_path")
-        or None,
+        base_model_name_or_path=last.base_model_name_or_path or tuner.model.__dict__.get("name_or_path") or None,
         revision=last.revision,
         inference_mode=True,
     )
@@ -307,9 +296,7 @@ def _say(rank: int, full_rank: int, error: Mapping[str, float]) -> None:
         )
 
 
-def _readme(
-    tuner: ASOLoraModel, names: Sequence[str], config: Mapping[str, Any], error: Mapping[str, float]
-) -> str:
+def _readme(tuner: ASOLoraModel, names: Sequence[str], config: Mapping[str, Any], error: Mapping[str, float]) -> str:
     """What the export is, how exact, and how to load it."""
     base = config["base_model_name_or_path"]
     on_hub = base and not os.path.exists(base)
@@ -335,8 +322,7 @@ def _readme(
         f"{error[worst]:.2e} at worst ({worst})",
         f"- modules saved as a whole: {', '.join(config['modules_to_save'] or ['none'])}",
         "",
-        "PEFT: `PeftModel.from_pretrained(base_model, <this folder>)`, base model "
-        f"{base or 'as it was trained on'}.",
+        f"PEFT: `PeftModel.from_pretrained(base_model, <this folder>)`, base model {base or 'as it was trained on'}.",
         "",
         f"vLLM: `--max-lora-rank {largest}`." if largest else "vLLM: the rank is above its largest, 512.",
         "",

@@ -62,16 +62,12 @@ class BaseView:
         weights = {
             f"{name}.{key}" if name else key: tensor
             for name, module in modules.items()
-            for key, tensor in chain(
-                module.named_parameters(recurse=False), module.named_buffers(recurse=False)
-            )
+            for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         }
         return cls(modules, weights)
 
 
-def check_fit(
-    adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: BaseView
-) -> dict[str, torch.Tensor]:
+def check_fit(adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: BaseView) -> dict[str, torch.Tensor]:
     """Check an adapter against the base model and return the tensors that may be loaded.
 
     Tensors of the base model that PEFT saves beside an adapter on embeddings are compared with the model's
@@ -160,9 +156,7 @@ def _split(
     return dict(lora), others
 
 
-def _check_pair(
-    adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Tensor], module: nn.Module
-) -> None:
+def _check_pair(adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Tensor], module: nn.Module) -> None:
     """A and B of one module: both there, of one rank, of the module's sizes."""
     down = next((matrices[ending] for ending in _DOWN if ending in matrices), None)
     up = next((matrices[ending] for ending in _UP if ending in matrices), None)
@@ -222,9 +216,7 @@ def _prefixes(module: str) -> Iterator[str]:
         yield ".".join(parts[:length])
 
 
-def _check_base_copy(
-    adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]
-) -> None:
+def _check_base_copy(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]) -> None:
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     held = own.get(name)
     if held is None:
@@ -256,9 +248,7 @@ def _same_values(tensor: torch.Tensor, held: torch.Tensor) -> bool:
     return torch.equal(tensor.to(coarse), held.cpu().to(coarse))
 
 
-def _check_head(
-    adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]
-) -> None:
+def _check_head(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]) -> None:
     held = own.get(key.removeprefix(PREFIX))
     if held is None or held.shape != tensor.shape:
         here = "the model has no such weight" if held is None else f"it is {tuple(held.shape)} in the model"

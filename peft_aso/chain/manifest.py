@@ -82,9 +82,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
             "file: the adapters can be read without it."
         ) from error
     if not is_ours or not complete:
-        raise ChainError(
-            f"{path} was not written by save_chain. Delete or rename it: adapters are read without it."
-        )
+        raise ChainError(f"{path} was not written by save_chain. Delete or rename it: adapters are read without it.")
     if version > FORMAT_VERSION:
         raise ChainError(
             f"{path} has format version {version}; this package reads up to {FORMAT_VERSION}. Upgrade "

@@ -24,13 +24,9 @@ def in_order(adapters: Sequence[AdapterFile], tasks: Sequence[str] | None = None
         wanted = [tasks] if isinstance(tasks, str) else list(tasks)
         for task in wanted:
             if task not in by_name:
-                raise ChainError(
-                    f"There is no task {task!r} here. There are: {', '.join(map(repr, by_name))}."
-                )
+                raise ChainError(f"There is no task {task!r} here. There are: {', '.join(map(repr, by_name))}.")
         if not wanted:
-            raise ChainError(
-                f"tasks is an empty list. Name some of {', '.join(map(repr, by_name))}, or leave it out."
-            )
+            raise ChainError(f"tasks is an empty list. Name some of {', '.join(map(repr, by_name))}, or leave it out.")
         by_name = {name: adapter for name, adapter in by_name.items() if name in _ancestry(wanted, by_name)}
     for adapter in by_name.values():
         lacking = [task for task in adapter.history if task not in by_name]

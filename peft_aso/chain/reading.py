@@ -65,9 +65,7 @@ class AdapterFile:
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ChainError(_damaged(path, error)) from error
         if not tensors:
-            raise ChainError(
-                f"{path} holds no tensors. The adapter was saved without its weights: save it again."
-            )
+            raise ChainError(f"{path} holds no tensors. The adapter was saved without its weights: save it again.")
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ChainError(
@@ -145,9 +143,7 @@ def existing_folder(source: str | os.PathLike[str]) -> Path:
     """
     path = Path(source)
     if path.is_file():
-        raise ChainError(
-            f"{path} is a file. Give the folder that holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
-        )
+        raise ChainError(f"{path} is a file. Give the folder that holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.")
     if not path.is_dir():
         raise ChainError(
             f"There is no folder {str(source)!r} on this machine. For a repository on the Hub, download it "
@@ -164,9 +160,7 @@ def plain_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not os.path.lexists(path):
-        raise ChainError(
-            f"{folder} has no file {name}. It is not an adapter's folder, or its download is incomplete."
-        )
+        raise ChainError(f"{folder} has no file {name}. It is not an adapter's folder, or its download is incomplete.")
     _refuse_escape(folder, path)
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         raise ChainError(f"{path} is not a regular file. Save the adapter again.")
@@ -230,9 +224,7 @@ def read_json_config(path: Path) -> dict[str, Any]:
             f"{path} is not valid JSON ({error}). The file is damaged: save the adapter again."
         ) from error
     if not isinstance(values, dict):
-        raise ChainError(
-            f"{path} is not the config of an adapter: it holds a {type(values).__name__}, not an object."
-        )
+        raise ChainError(f"{path} is not the config of an adapter: it holds a {type(values).__name__}, not an object.")
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well
     return values
 

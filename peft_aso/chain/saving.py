@@ -42,9 +42,7 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
         OSError: the disk is full or cannot be written to; what was there is as it was.
     """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
-        raise ChainError(
-            "save_chain needs a PeftModel with ASO_LORA adapters (get_peft_model with an ASOLoraConfig)."
-        )
+        raise ChainError("save_chain needs a PeftModel with ASO_LORA adapters (get_peft_model with an ASOLoraConfig).")
     adapters = _selected(model, tasks)
     path = Path(folder)
     if (path / CONFIG_NAME).exists():

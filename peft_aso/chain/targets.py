@@ -27,8 +27,7 @@ def exact_targets(wanted: Iterable[str], modules: Sequence[str], config: Any) ->
     """
     names = sorted(wanted)
     candidates: list[list[str] | str] = [
-        sorted({".".join(name.split(".")[-parts:]) for name in names})
-        for parts in range(1, _LONGEST_ENDING + 1)
+        sorted({".".join(name.split(".")[-parts:]) for name in names}) for parts in range(1, _LONGEST_ENDING + 1)
     ]
     candidates += [names, "|".join(re.escape(name) for name in names)]
     for candidate in candidates:

@@ -38,14 +38,18 @@ class ASOCallback(TrainerCallback):
             self._refresh(args, model)
         self.restored = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         model = kwargs["model"]
         tuner = require_tuner(model)
         every = steps_between(tuner.peft_config[tuner.current_task].attribution.refresh, state.max_steps)
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self._refresh(args, model)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._probe:
             store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
         self._probe = []

@@ -77,7 +77,9 @@ def update_coefficients(
     if not batches:
         raise ValueError("The probe is empty: give at least one batch of the current task's training data.")
     history = (
-        stored_vectors(tuner) if settings.source == "stored" else history_vectors(model, tuner, batches, progress)
+        stored_vectors(tuner)
+        if settings.source == "stored"
+        else history_vectors(model, tuner, batches, progress)
     )
     current = attribute(model, tuner, tuner.current_task, batches, progress)
     w = {name: compare(history[name], current, settings) for name in tuner.history}
@@ -140,7 +142,9 @@ def history_vectors(
 ) -> dict[str, AttributionVector]:
     """The vectors of each earlier task's model on the current task's probe, computed once a task and kept."""
     config = tuner.peft_config[tuner.current_task]
-    weights = tuple(fingerprint(layer, adapters_in(layer, tuner.history)) for layer in tuner.lora_layers().values())
+    weights = tuple(
+        fingerprint(layer, adapters_in(layer, tuner.history)) for layer in tuner.lora_layers().values()
+    )
     key = (tuner.history, config.attribution_model, repr(config.attribution), digest(batches), weights)
     held = _history_vectors.get(tuner)
     if held is None or held[0] != key:
@@ -158,7 +162,9 @@ def digest(batches: Batches) -> str:
             if isinstance(value, torch.Tensor):
                 array = value.detach().cpu().contiguous()
                 hasher.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
-                hasher.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
+                hasher.update(
+                    array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode()
+                )
     return hasher.hexdigest()
 
 
@@ -177,7 +183,9 @@ def stored_vectors(tuner: ASOLoraModel) -> dict[str, torch.Tensor]:
     return {name: tuner.attribution[name] for name in tuner.history}
 
 
-def compare(old: AttributionVector | torch.Tensor, new: AttributionVector, settings: AttributionConfig) -> torch.Tensor:
+def compare(
+    old: AttributionVector | torch.Tensor, new: AttributionVector, settings: AttributionConfig
+) -> torch.Tensor:
     """w of Eq. 13 between an earlier task and the current one.
 
     Args:
@@ -199,19 +207,22 @@ def compare(old: AttributionVector | torch.Tensor, new: AttributionVector, setti
             "same settings, or AttributionConfig(source='current')."
         )
     per_example = settings.aggregation == "per_example" and isinstance(old, AttributionVector)
-    if per_example:
-        a, b = old.values, new.values
+    a: torch.Tensor
+    b: torch.Tensor
+    if isinstance(old, AttributionVector):
+        a, b = (old.values, new.values) if per_example else (old.mean_vector(), new.mean_vector())
     else:
-        a = old.mean_vector() if isinstance(old, AttributionVector) else old
-        b = new.mean_vector()
+        a, b = old, new.mean_vector()
+    a = a.to(b.device)
     if settings.absolute:
         a, b = a.abs(), b.abs()
-    a = a.to(b.device)
     if settings.granularity == "task":
         w = similarity(a, b, settings.similarity)
     else:
         slices = new.slices().values()
-        w = torch.stack([similarity(a[..., part], b[..., part], settings.similarity) for part in slices], dim=-1)
+        w = torch.stack(
+            [similarity(a[..., part], b[..., part], settings.similarity) for part in slices], dim=-1
+        )
     return (w.mean(0) if per_example else w).float().cpu()
 
 

@@ -117,12 +117,9 @@ def test_stock_peft_gives_the_same_logits(results: Any, case: str) -> None:
 def test_stock_peft_finds_a_plain_adapter(results: Any, case: str) -> None:
     model, found = results[case]
     names = model.base_model.tasks.expand(model.active_adapters)
-    layers = {
-        name: layer for name, layer in model.base_model.lora_layers().items() if adapters_in(layer, names)
-    }
+    layers = {name: layer for name, layer in model.base_model.lora_layers().items() if adapters_in(layer, names)}
     most = max(
-        sum(matrices_of(layer, name)[0].shape[0] for name in adapters_in(layer, names))
-        for layer in layers.values()
+        sum(matrices_of(layer, name)[0].shape[0] for name in adapters_in(layer, names)) for layer in layers.values()
     )
     assert found["warnings"] == []
     assert found["modules"] == sorted(layers)
@@ -190,9 +187,7 @@ def test_task_names_and_adapter_names(tmp_path: Path) -> None:
     model = make_chain(tasks={"default": {"task_name": "reviews"}, "second": {}})
     export_lora(model, tmp_path / "by-task", tasks=["reviews"])
     export_lora(model, tmp_path / "by-adapter", tasks=["default"])
-    first, second = (
-        load_file(tmp_path / name / SAFETENSORS_WEIGHTS_NAME) for name in ("by-task", "by-adapter")
-    )
+    first, second = (load_file(tmp_path / name / SAFETENSORS_WEIGHTS_NAME) for name in ("by-task", "by-adapter"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -205,9 +200,7 @@ def test_scale_that_was_changed_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_rank", [1, 3, 6])
-def test_max_rank_is_the_best_of_that_rank(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, max_rank: int
-) -> None:
+def test_max_rank_is_the_best_of_that_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture, max_rank: int) -> None:
     model = make_chain(*CASES["llama"])
     names = ["first", "second", "third"]
     with caplog.at_level(logging.WARNING, logger="peft_aso"):
@@ -253,9 +246,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype | None) -> None:
     export_lora(model, tmp_path, dtype=dtype)
     weights = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME)
     assert {tensor.dtype for tensor in weights.values()} == {dtype or torch.bfloat16}
-    stock = PeftModel.from_pretrained(
-        tiny("llama").to(torch.bfloat16), str(tmp_path), autocast_adapter_dtype=False
-    )
+    stock = PeftModel.from_pretrained(tiny("llama").to(torch.bfloat16), str(tmp_path), autocast_adapter_dtype=False)
     name = "model.layers.1.self_attn.v_proj"
     layer = model.base_model.lora_layers()[name]
     delta = torch.stack(
@@ -267,9 +258,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype | None) -> None:
     ).sum(0)
     down, up = (weights[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
     # alpha / r = 3, folded into B: bfloat16 rounds it, and the README says by how much
-    error = float(
-        torch.linalg.matrix_norm(up @ down - delta.detach()) / torch.linalg.matrix_norm(delta.detach())
-    )
+    error = float(torch.linalg.matrix_norm(up @ down - delta.detach()) / torch.linalg.matrix_norm(delta.detach()))
     assert error < (1e-7 if dtype == torch.float32 else 2**-8)
     stated = re.search(r"norm: (\S+) over all weights", (tmp_path / "README.md").read_text())
     assert stated is not None
@@ -316,9 +305,12 @@ def test_convolutions(tmp_path: Path) -> None:
     fresh.load_state_dict(state)
     stock = PeftModel.from_pretrained(fresh, str(tmp_path / "exact")).eval()
     torch.testing.assert_close(stock(x), model.eval()(x), rtol=1e-5, atol=1e-5)
-    assert load_file(tmp_path / "short" / SAFETENSORS_WEIGHTS_NAME)[
-        "base_model.model.conv.lora_A.weight"
-    ].shape == (4, 3, 3, 3)
+    assert load_file(tmp_path / "short" / SAFETENSORS_WEIGHTS_NAME)["base_model.model.conv.lora_A.weight"].shape == (
+        4,
+        3,
+        3,
+        3,
+    )
 
 
 # ---- what is refused ------------------------------------------------------------------------------------
@@ -398,9 +390,7 @@ def test_lora_bias_beside_an_embedding(tmp_path: Path) -> None:
 
 def test_module_within_a_saved_head(tmp_path: Path) -> None:
     """One task trains a LoRA on what another saves as a whole: no stock adapter can hold both."""
-    model = make_chain(
-        tasks={"first": {"target_modules": ["gate_proj"]}, "second": {"modules_to_save": ["mlp"]}}
-    )
+    model = make_chain(tasks={"first": {"target_modules": ["gate_proj"]}, "second": {"modules_to_save": ["mlp"]}})
     with pytest.raises(ChainError, match="modules_to_save=.*'mlp'"):
         export_lora(model, tmp_path)
 
@@ -420,9 +410,7 @@ def test_failure_keeps_the_old_export(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     model = make_chain(seed=2)
     export_lora(model, tmp_path / "served")
-    torch.testing.assert_close(
-        logits(load_stock("llama", tmp_path / "served")), logits(model), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(logits(load_stock("llama", tmp_path / "served")), logits(model), rtol=1e-5, atol=1e-5)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ChainError, match="is a file"):
         export_lora(model, tmp_path / "file")

@@ -214,17 +214,13 @@ def test_another_size(folder: Path) -> None:
 
 def test_another_depth_and_architecture(folder: Path) -> None:
     check_refused(tiny("llama", num_hidden_layers=2), folder, "no module 'model.layers.2.self_attn.")
-    check_refused(
-        tiny("llama", num_hidden_layers=4), folder, "no weights for model.layers.3.self_attn.q_proj"
-    )
+    check_refused(tiny("llama", num_hidden_layers=4), folder, "no weights for model.layers.3.self_attn.q_proj")
     check_refused(tiny("gpt2"), folder, "no module 'model.layers.0.self_attn")
 
 
 def test_another_number_of_classes(tmp_path: Path) -> None:
     make_chain("bert").save_pretrained(str(tmp_path))
-    check_refused(
-        tiny("bert", num_labels=5), tmp_path, r"classifier.bias has shape \(3,\).*\(5,\).*num_labels"
-    )
+    check_refused(tiny("bert", num_labels=5), tmp_path, r"classifier.bias has shape \(3,\).*\(5,\).*num_labels")
 
 
 def test_missing_head(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ def adapter(name: str, history: list[str]) -> AdapterFile:
 def test_every_task_after_its_history(size: int, rng: random.Random) -> None:
     names = [f"task{index}" for index in range(size)]
     adapters = [
-        adapter(name, sorted(rng.sample(names[:index], rng.randint(0, index))))
-        for index, name in enumerate(names)
+        adapter(name, sorted(rng.sample(names[:index], rng.randint(0, index)))) for index, name in enumerate(names)
     ]
     rng.shuffle(adapters)
     placed: list[str] = []
@@ -58,8 +57,6 @@ def test_chosen_tasks_bring_their_histories() -> None:
         ([("a", [])], [], "tasks is an empty list"),
     ],
 )
-def test_what_cannot_be_ordered(
-    adapters: list[tuple[str, list[str]]], tasks: list[str] | None, message: str
-) -> None:
+def test_what_cannot_be_ordered(adapters: list[tuple[str, list[str]]], tasks: list[str] | None, message: str) -> None:
     with pytest.raises(ChainError, match=message):
         in_order([adapter(*entry) for entry in adapters], tasks)

@@ -32,9 +32,7 @@ def manifest(folder: Path) -> Any:
 
 def test_what_is_written(tmp_path: Path) -> None:
     model = make_chain()
-    model.base_model.set_soft_coefficients(
-        {"first": 0.25, "second": 0.5}, similarities={"first": 0.75, "second": 0.5}
-    )
+    model.base_model.set_soft_coefficients({"first": 0.25, "second": 0.5}, similarities={"first": 0.75, "second": 0.5})
     folder = save_chain(model, tmp_path / "chain")
     assert folder == tmp_path / "chain"
     assert sorted(os.listdir(folder)) == ["README.md", MANIFEST_NAME, "first", "second", "third"]

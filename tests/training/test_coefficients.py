@@ -50,7 +50,9 @@ def test_task_models_are_compared_alone() -> None:
         old = torch.cat([compute_attribution(model, batch, steps=3).values for batch in batches])
     with model.base_model.only("new"):
         new = torch.cat([compute_attribution(model, batch, steps=3).values for batch in batches])
-    expected = sum(spearmanr(o, n).statistic for o, n in zip(old.numpy(), new.numpy(), strict=True)) / len(old)
+    expected = sum(spearmanr(o, n).statistic for o, n in zip(old.numpy(), new.numpy(), strict=True)) / len(
+        old
+    )
     assert result.similarities["one"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -60,7 +62,9 @@ def test_mean_vectors_absolute_scores_pearson() -> None:
     result = update_coefficients(model, batches)
     means = []
     for task in ("one", "new"):
-        scores = [compute_attribution(model, batch, adapter=task, steps=3).scores.double() for batch in batches]
+        scores = [
+            compute_attribution(model, batch, adapter=task, steps=3).scores.double() for batch in batches
+        ]
         means.append(torch.cat(scores).mean(0).abs())
     expected = torch.corrcoef(torch.stack(means))[0, 1].item()
     assert result.similarities["one"] == pytest.approx(expected, abs=1e-5)
@@ -164,7 +168,9 @@ def test_a_hand_written_loop() -> None:
     model = chain(tasks=("one", "two"), penalty_weight=1.0, attribution=quick())
     tuner = model.base_model
     batches = probe(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     seen = []
     for step in range(4):
         if step % 2 == 0:

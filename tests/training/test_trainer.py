@@ -108,7 +108,9 @@ def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> No
     train(whole, tmp_path / "whole", **options)
 
     killed = chain(tasks=("one", "two", "new"), **settings)
-    trainer = ASOTrainer(model=killed, args=arguments(tmp_path / "cut", **options), train_dataset=TinyTask(killed))
+    trainer = ASOTrainer(
+        model=killed, args=arguments(tmp_path / "cut", **options), train_dataset=TinyTask(killed)
+    )
     trainer.add_callback(Kill(after=5))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -197,7 +199,9 @@ def test_coefficients_and_parts_of_the_loss_are_logged(tmp_path: Path) -> None:
     for entry in logged:
         assert {"psi/one", "psi/two", "similarity/one", "similarity/two"} <= set(entry)
         assert entry["psi/one"] == pytest.approx(1 - entry["similarity/one"], abs=1e-6)
-        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5)
+        assert entry["loss"] == pytest.approx(
+            entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5
+        )
 
 
 def test_the_vector_is_stored_and_saved_with_the_adapter(tmp_path: Path) -> None:
@@ -238,7 +242,9 @@ def test_history_is_attributed_once_a_task(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k)
     )
-    model = chain(tasks=("one", "two", "new"), attribution=AttributionConfig(steps=2, probe_size=4, refresh=0.25))
+    model = chain(
+        tasks=("one", "two", "new"), attribution=AttributionConfig(steps=2, probe_size=4, refresh=0.25)
+    )
     train(model, tmp_path, max_steps=4)
     assert calls.count("one") == calls.count("two") == 1
     assert calls.count("new") == 4 + 1  # steps 0, 1, 2, 3, and the stored vector
@@ -282,7 +288,9 @@ def test_bad_models_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(HistoryError, match="no module in common"):
         ASOTrainer(model=apart, args=arguments(tmp_path), train_dataset=TinyTask(apart))
     ASOTrainer(
-        model=chain(target_modules=["o_proj"], penalty_weight=0.0), args=arguments(tmp_path), train_dataset=TinyTask(bare)
+        model=chain(target_modules=["o_proj"], penalty_weight=0.0),
+        args=arguments(tmp_path),
+        train_dataset=TinyTask(bare),
     )
 
 

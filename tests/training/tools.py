@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from peft_aso import ASOLoraConfig, AttributionConfig, ASOSeq2SeqTrainer, ASOTrainer
+from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionConfig
 from tests.tiny_models import tiny, tiny_batch
 
 QUICK = AttributionConfig(steps=2, probe_size=4)
@@ -81,7 +81,9 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **settings})
 
 
-def train(model: Any, folder: Path, data: Any = None, kind: type = ASOTrainer, resume: Any = None, **settings: Any) -> Any:
+def train(
+    model: Any, folder: Path, data: Any = None, kind: type = ASOTrainer, resume: Any = None, **settings: Any
+) -> Any:
     """Train the active task and return the trainer."""
     if kind is ASOSeq2SeqTrainer:
         from transformers import Seq2SeqTrainingArguments
@@ -89,7 +91,9 @@ def train(model: Any, folder: Path, data: Any = None, kind: type = ASOTrainer, r
         args = Seq2SeqTrainingArguments(**arguments(folder, **settings).to_dict())
     else:
         args = arguments(folder, **settings)
-    trainer = kind(model=model, args=args, train_dataset=data or TinyTask(model), eval_dataset=data or TinyTask(model))
+    trainer = kind(
+        model=model, args=args, train_dataset=data or TinyTask(model), eval_dataset=data or TinyTask(model)
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

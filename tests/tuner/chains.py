@@ -40,9 +40,7 @@ def fill(model: Any, names: Iterable[str], seed: int = 0) -> None:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-def chain(
-    kind: str = "llama", tasks: Sequence[str] = TASKS, base: Any = None, **settings: Any
-) -> tuple[Any, Any]:
+def chain(kind: str = "llama", tasks: Sequence[str] = TASKS, base: Any = None, **settings: Any) -> tuple[Any, Any]:
     """A bare base model and a PEFT model of an equal one, with one filled adapter a task; the last is active."""
     base = tiny(kind) if base is None else base
     first, *rest = tasks
@@ -109,9 +107,7 @@ def parameters_of(model: Any, adapter: str) -> dict[str, nn.Parameter]:
 def copy_of(model: Any, adapters: Iterable[str]) -> dict[str, torch.Tensor]:
     """The values of the adapters' parameters now."""
     return {
-        name: value.detach().clone()
-        for adapter in adapters
-        for name, value in parameters_of(model, adapter).items()
+        name: value.detach().clone() for adapter in adapters for name, value in parameters_of(model, adapter).items()
     }
 
 

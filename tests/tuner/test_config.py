@@ -25,15 +25,13 @@ def test_it_has_all_fields_of_lora_with_the_same_defaults():
 
 def test_a_full_lora_config_is_taken_over():
     settings: dict[str, Any] = {
-        "r": 4, "lora_alpha": 12, "lora_dropout": 0.1, "use_rslora": True, "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "modules_to_save": ["score"],
-        "layers_to_transform": [0, 1], "init_lora_weights": "gaussian", "task_type": "CAUSAL_LM",
+        "r": 4, "lora_alpha": 12, "lora_dropout": 0.1, "use_rslora": True, "target_modules": ["q_proj",
+        "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "modules_to_save":
+        ["score"], "layers_to_transform": [0, 1], "init_lora_weights": "gaussian", "task_type": "CAUSAL_LM",
         "exclude_modules": ["k_proj"], "fan_in_fan_out": True,
     }  # fmt: skip
     ours, stock = ASOLoraConfig(**settings), LoraConfig(**settings)
-    assert {name: getattr(ours, name) for name in settings} == {
-        name: getattr(stock, name) for name in settings
-    }
+    assert {name: getattr(ours, name) for name in settings} == {name: getattr(stock, name) for name in settings}
     assert ours.peft_type is PeftType.ASO_LORA
 
 
@@ -121,7 +119,8 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], message:
         {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"probe_size": 0}, {"max_rows": 0}, {"max_rows": "8"},
         {"max_answer_tokens": 0}, {"quadrature": "simpson"}, {"stacks": "left"}, {"attribution_model": "x"},
         {"aggregation": "median"}, {"similarity": "kendall"}, {"granularity": "head"}, {"source": "old"},
-        {"refresh": -0.1}, {"refresh": 1.5}, {"refresh": float("nan")}, {"refresh": "often"}, {"refresh": None},
+        {"refresh": -0.1}, {"refresh": 1.5}, {"refresh": float("nan")}, {"refresh": "often"}, {"refresh":
+        None},
     ],
 )  # fmt: skip
 def test_bad_attribution_settings(settings: dict[str, Any]):
