@@ -75,8 +75,7 @@ class ActiveTask(LoraModel):
         """
         if len(self.active_adapters) != 1:
             raise ValueError(
-                f"This needs exactly one active task, and {self.active_adapters} are active. Call "
-                "set_adapter."
+                f"This needs exactly one active task, and {self.active_adapters} are active. Call set_adapter."
             )
         return self.active_adapters[0]
 
@@ -105,9 +104,7 @@ class ActiveTask(LoraModel):
         self._check_names([adapter_name])
         modules = self._wrappers()
         if any(getattr(module, "merged", False) for module in modules):
-            raise ValueError(
-                "The adapters are merged into the base weights. Call model.unmerge_adapter() first."
-            )
+            raise ValueError("The adapters are merged into the base weights. Call model.unmerge_adapter() first.")
         held = [(module, module._active_adapter) for module in modules]
         active, was_alone = self.active_adapter, self.tasks.alone
         try:

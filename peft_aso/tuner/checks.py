@@ -115,9 +115,7 @@ def check_layers(layers: Mapping[str, LoraLayer], adapter: str, history: tuple[s
             )
 
 
-def check_weights(
-    state_dict: Mapping[str, Any], model: nn.Module, adapter: str, complete: bool = False
-) -> None:
+def check_weights(state_dict: Mapping[str, Any], model: nn.Module, adapter: str, complete: bool = False) -> None:
     """Check weights that are about to be loaded: finite, of the shapes that the model has, for modules that
     it has.
 

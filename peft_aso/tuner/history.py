@@ -59,9 +59,7 @@ class TaskHistory:
             if lacking:
                 self.missing[adapter] = lacking
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
-        self.isolated = frozenset(
-            name for name, config in configs.items() if config.forward_history == "isolated"
-        )
+        self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
 
     def dependents(self, adapter: str) -> list[str]:
         """The adapters that have `adapter` in their history."""
@@ -169,9 +167,7 @@ def _known_task(task: str, config: Any, others: Mapping[str, Any]) -> str:
     if holder is not None:
         return task_name_of(holder, others[holder])
     if task == config.task_name:
-        raise HistoryError(
-            f"The task {task!r} is in its own history. Leave it out: history={config.history}."
-        )
+        raise HistoryError(f"The task {task!r} is in its own history. Leave it out: history={config.history}.")
     held = ", ".join(repr(task_name_of(name, other)) for name, other in others.items()) or "no other task"
     raise HistoryError(
         f"history={config.history}: there is no task {task!r} in this model. It holds: {held}. Load it "

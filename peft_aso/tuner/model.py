@@ -236,9 +236,7 @@ class ASOLoraModel(PenalisedTask):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
         vector = state_dict.pop(ATTRIBUTION_KEY, None)
-        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = tuner_of(model)
         fresh = tuner is not None and adapter_name in tuner._without_weights
         try:

@@ -52,9 +52,7 @@ class PenalisedTask(ActiveTask):
         config = self.peft_config[self.current_task]
         values = {adapter_of(name, self.peft_config) or name: value for name, value in psi.items()}
         self._coefficients.set(self.current_task, self.history, values, layer_of)
-        config.soft_coefficients = {
-            self.task_name(name): value for name, value in self.soft_coefficients.items()
-        }
+        config.soft_coefficients = {self.task_name(name): value for name, value in self.soft_coefficients.items()}
         if similarities is not None:
             config.similarities = dict(similarities)
 

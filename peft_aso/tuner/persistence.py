@@ -28,9 +28,7 @@ def tuner_of(model: nn.Module) -> ASOLoraModel | None:
     return next((tuner for tuner in map(tuner_of, inside) if tuner is not None), None)
 
 
-def with_attribution(
-    state_dict: dict[str, Any], tuner: ASOLoraModel | None, adapter_name: str
-) -> dict[str, Any]:
+def with_attribution(state_dict: dict[str, Any], tuner: ASOLoraModel | None, adapter_name: str) -> dict[str, Any]:
     """The adapter's state dict with its attribution vector, if it has one."""
     vector = tuner.attribution.get(adapter_name) if tuner is not None else None
     return state_dict if vector is None else {**state_dict, ATTRIBUTION_KEY: vector.detach().cpu()}
@@ -48,12 +46,7 @@ def check_attribution(adapter_name: str, layout: Any, vector: torch.Tensor) -> N
     """
     expected = 0
     for entry in layout or []:
-        if (
-            not isinstance(entry, (list, tuple))
-            or len(entry) != 3
-            or entry[1] != expected
-            or entry[2] < entry[1]
-        ):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3 or entry[1] != expected or entry[2] < entry[1]:
             raise ValueError(
                 f"attribution_layout in the config of adapter {adapter_name!r} is damaged at {entry!r}: the "
                 "layers' [module, start, stop] must follow on each other. Take the adapter_config.json that "

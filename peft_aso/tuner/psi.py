@@ -96,9 +96,7 @@ def _table(rows: list[Any]) -> torch.Tensor:
 
 def _check_layers(layer_of: Mapping[str, int] | None, count: int) -> None:
     if layer_of is None:
-        raise ValueError(
-            "psi has one value a layer: say with `layer_of` which layer each LoRA module belongs to."
-        )
+        raise ValueError("psi has one value a layer: say with `layer_of` which layer each LoRA module belongs to.")
     outside = {module: layer for module, layer in layer_of.items() if not 0 <= layer < count}
     if outside:
         raise ValueError(f"psi has {count} layers, but layer_of names others: {outside}.")

@@ -20,9 +20,7 @@ def remove_adapter(model: nn.Module, adapter_name: str, active: list[str]) -> No
     for module in list(model.modules()):
         if isinstance(module, LoraLayer) and adapter_name in module._all_available_adapter_names():
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # PEFT would say which adapter it activates; that is undone here
+                warnings.simplefilter("ignore")  # PEFT would say which adapter it activates; that is undone here
                 module.delete_adapter(adapter_name)
             module._active_adapter = list(active)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:

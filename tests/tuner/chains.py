@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tests.tiny_models import tiny, tiny_batch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_aso import ASOLoraConfig
+from tests.tiny_models import tiny, tiny_batch
 
 TASK_TYPES = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
 TARGETS = {

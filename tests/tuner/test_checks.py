@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import tiny
-from tests.tuner.chains import TASKS, chain, config_for
 from torch import nn
 
 from peft_aso.tuner.checks import (
@@ -20,6 +18,8 @@ from peft_aso.tuner.checks import (
     check_weights,
 )
 from peft_aso.tuner.history import HistoryError
+from tests.tiny_models import tiny
+from tests.tuner.chains import TASKS, chain, config_for
 
 
 @pytest.mark.parametrize("name", ["dbpedia", "task-1", "12", "Amazon_reviews", "lora", "my model", "ü"])

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import tiny, tiny_batch
-from tests.tuner.chains import TASKS, assert_is_sum, chain, fill, logits, summed
 
 from peft_aso.tuner import layer as layer_module
 from peft_aso.tuner.layer import adapters_in, fingerprint, matrices_of, stack, subspace_of
+from tests.tiny_models import tiny, tiny_batch
+from tests.tuner.chains import TASKS, assert_is_sum, chain, fill, logits, summed
 
 HISTORY, CURRENT = TASKS[:-1], TASKS[-1]
 

@@ -21,6 +21,8 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
+
+from peft_aso import ASOLoraConfig, HistoryError, MissingHistoryError
 from tests.tiny_models import tiny, tiny_batch
 from tests.tuner.chains import (
     TASKS,
@@ -33,8 +35,6 @@ from tests.tuner.chains import (
     logits,
     parameters_of,
 )
-
-from peft_aso import ASOLoraConfig, HistoryError, MissingHistoryError
 
 HISTORY, CURRENT = TASKS[:-1], TASKS[-1]
 
@@ -163,9 +163,8 @@ def test_convolutions():
 def test_a_task_may_be_loaded_before_its_history(tmp_path: Path):
     base, model = chain("llama")
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"'default' was trained on top of \['dbpedia', 'amazon'\].*Load
-        them"): loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / CURRENT).eval()  # called
-        "default"
+    with pytest.warns(UserWarning, match=r"'default' was trained on top of \['dbpedia', 'amazon'\].*Load them"):
+        loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / CURRENT).eval()  # called "default"
     for call in (
         lambda: logits(loaded),
         lambda: loaded.merge_and_unload(),
@@ -183,8 +182,9 @@ def test_a_task_may_be_loaded_before_its_history(tmp_path: Path):
     with pytest.raises(MissingHistoryError, match="not loaded: 'dbpedia'"):
         logits(loaded)
     loaded.load_adapter(tmp_path / "dbpedia", adapter_name="first")
-    assert loaded.base_model.history == ("first", "second") and loaded.base_model.task_name("first") ==
-    "dbpedia" assert_is_sum(loaded, base, ["first", "second", "default"])
+    assert loaded.base_model.history == ("first", "second")
+    assert loaded.base_model.task_name("first") == "dbpedia"
+    assert_is_sum(loaded, base, ["first", "second", "default"])
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
@@ -227,8 +227,7 @@ def _assert_same(model: Any, before: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["layers", "self_attn", "0", "weight", "model", "base_model", "lora_A", "a.b", "a/b", "",
-    "__base__"]
+    "name", ["layers", "self_attn", "0", "weight", "model", "base_model", "lora_A", "a.b", "a/b", "", "__base__"]
 )
 def test_names_that_peft_would_confuse(name: str):
     _, model = chain("llama")
@@ -356,8 +355,8 @@ def test_hotswap_is_refused(tmp_path: Path):
 def test_an_adapter_that_others_are_built_on_cannot_be_deleted():
     _, model = chain("llama")
     before = _state(model)
-    with pytest.raises(HistoryError, match="'dbpedia' cannot be deleted: 'amazon', 'agnews' was trained on
-        top"): model.delete_adapter("dbpedia")
+    with pytest.raises(HistoryError, match="'dbpedia' cannot be deleted: 'amazon', 'agnews' was trained on top"):
+        model.delete_adapter("dbpedia")
     _assert_same(model, before)
     with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("imdb")
@@ -456,13 +455,13 @@ def _drop(tensors: dict[str, torch.Tensor]) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (_spoil(float("nan")), "hold NaN or Inf.*earlier checkpoint"),
     "Inf": (_spoil(float("inf")), "hold NaN or Inf"),
-    "shape": (lambda folder: _edit_weights(folder, _reshape), r"shape \(5, 7\) in the file.*another base
-    model"), "rank": (lambda folder: _edit_config(folder, r=5), "does not fit this model"), "more layers":
-    (lambda folder: _edit_weights(folder, _rename), "layers.7.*is not in it"), "fewer layers": (lambda folder:
-    _edit_weights(folder, _drop), "no weights for 1 of the model's parameters"), "targets": (lambda folder:
-    _edit_config(folder, target_modules=["nowhere"]), "not found in the base model"), "dora": (lambda folder:
-    _edit_config(folder, use_dora=True), "cannot be part of a chain"), "cycle": (lambda folder:
-    _edit_config(folder, history=["agnews"], task_name="dbpedia"), "leads back"),
+    "shape": (lambda path: _edit_weights(path, _reshape), r"shape \(5, 7\) in the file.*another base model"),
+    "rank": (lambda path: _edit_config(path, r=5), "does not fit this model"),
+    "more layers": (lambda path: _edit_weights(path, _rename), "layers.7.*is not in it"),
+    "fewer layers": (lambda path: _edit_weights(path, _drop), "no weights for 1 of the model's parameters"),
+    "targets": (lambda path: _edit_config(path, target_modules=["nowhere"]), "not found in the base model"),
+    "dora": (lambda path: _edit_config(path, use_dora=True), "cannot be part of a chain"),
+    "cycle": (lambda path: _edit_config(path, history=["agnews"], task_name="dbpedia"), "leads back"),
 }
 
 
@@ -542,9 +541,7 @@ def test_pissa_can_be_converted_and_then_be_in_a_chain(tmp_path: Path):
         for parameter in parameters_of(model, "one").values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     expected = logits(model.eval())
-    model.save_pretrained(
-        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
-    )
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert list(model.peft_config) == ["one"]
     config = PeftConfig.from_pretrained(tmp_path / "converted" / "one")
     assert config.init_lora_weights is True and config.r == 4

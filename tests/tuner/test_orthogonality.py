@@ -101,17 +101,18 @@ def test_groups_hold_each_row_of_the_shared_modules_once(problem: Any):
 
 def test_modules_of_one_shape_are_one_group():
     current = {f"m{i}": torch.randn(2, 8) for i in range(6)} | {"other": torch.randn(2, 4)}
-    history: Rows = {name: [(0, torch.randn(3, m.shape[1])), (1, torch.randn(1, m.shape[1]))] for name, m in
-        current.items()}
+    history: Rows = {
+        name: [(0, torch.randn(3, m.shape[1])), (1, torch.randn(1, m.shape[1]))] for name, m in current.items()
+    }
     groups = group_history(history, current)
     assert [len(group.modules) for group in groups] == [6, 1]
     assert groups[0].rows.shape == (6, 4, 8)
 
 
 def test_adapters_for_another_model_are_refused():
-    with pytest.raises(ValueError, match="m: .*inputs of size 8, earlier task 1 of size 4.*different base
-        models"): group_history({"m": [(0, torch.ones(1, 8)), (1, torch.ones(1, 4))]}, {"m": torch.ones(1,
-        8)})
+    history: Rows = {"m": [(0, torch.ones(1, 8)), (1, torch.ones(1, 4))]}
+    with pytest.raises(ValueError, match="m: .*size 8, earlier task 1 of size 4.*different base models"):
+        group_history(history, {"m": torch.ones(1, 8)})
 
 
 def test_psi_1_and_l1_is_o_lora_s_published_loss():
@@ -128,8 +129,9 @@ def test_psi_1_and_l1_is_o_lora_s_published_loss():
                 published = published + torch.abs(torch.mm(parameter, trained.T)).sum()
     expected = torch.autograd.grad(published, list(new.values()))
 
-    history: Rows = {name: [(0, old[f"{name}.loranew_A_old"][:3]), (1, old[f"{name}.loranew_A_old"][3:])] for
-        name in names}
+    history: Rows = {
+        name: [(0, old[f"{name}.loranew_A_old"][:3]), (1, old[f"{name}.loranew_A_old"][3:])] for name in names
+    }
     ours = orthogonality_penalty(group_history(history, new), new, torch.ones(2), "l1")
     torch.testing.assert_close(ours, published)
     for found, grad in zip(torch.autograd.grad(ours, list(new.values())), expected, strict=True):

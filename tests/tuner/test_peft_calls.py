@@ -20,6 +20,7 @@ from peft import (
     get_peft_model,
 )
 from peft.helpers import rescale_adapter_scale
+
 from tests.tiny_models import tiny, tiny_batch
 from tests.tuner.chains import (
     TASKS,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import tiny
-from tests.tuner.chains import TASKS, assert_is_sum, chain, copy_of
 from torch import nn
 
 from peft_aso.tuner.persistence import ATTRIBUTION_KEY, check_attribution, tuner_of
+from tests.tiny_models import tiny
+from tests.tuner.chains import TASKS, assert_is_sum, chain, copy_of
 
 LAYOUT = [["model.layers.0.mlp.down_proj", 0, 3], ["model.layers.1.mlp.down_proj", 3, 5]]
 
@@ -55,8 +55,9 @@ def test_round_trip(saved: tuple[Any, Path]):
     assert_is_sum(loaded.eval(), tiny("llama"), ["dbpedia", "second"])
     again = folder / "again"
     loaded.save_pretrained(again)
-    assert load_file(again / "second" / "adapter_model.safetensors")[ATTRIBUTION_KEY].tolist() == [1, 2, 3, 4,
-    5] assert not any(ATTRIBUTION_KEY in name for name in model.state_dict())
+    tensors = load_file(again / "second" / "adapter_model.safetensors")
+    assert tensors[ATTRIBUTION_KEY].tolist() == [1, 2, 3, 4, 5]
+    assert not any(ATTRIBUTION_KEY in name for name in model.state_dict())
 
 
 def test_the_file_is_safetensors_and_holds_the_adapter_alone(saved: tuple[Any, Path]):

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tests.tiny_models import tiny
-from tests.tuner.chains import TASKS, assert_is_sum, chain, config_for, fill
 
 from peft_aso.tuner.removal import remove_adapter
+from tests.tiny_models import tiny
+from tests.tuner.chains import TASKS, assert_is_sum, chain, config_for, fill
 
 
 def _structure(model: Any) -> dict[str, type]:
