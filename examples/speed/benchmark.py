@@ -44,9 +44,7 @@ def timed(function: Callable[[], Any], repeats: int) -> list[float]:
     return seconds
 
 
-def in_turn(
-    first: Callable[[], Any], second: Callable[[], Any], repeats: int
-) -> tuple[list[float], list[float]]:
+def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
     """Times of both, A B A B, so that a machine whose speed drifts is fair to both."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
@@ -69,9 +67,7 @@ def captum_loop(model: Any, batch: dict[str, torch.Tensor], steps: int) -> torch
     results = []
     for layer in find_neurons(model):
         seen: list[torch.Tensor] = []
-        hook = layer.module.register_forward_pre_hook(
-            lambda _, args, into=seen: into.append(args[0].detach())
-        )
+        hook = layer.module.register_forward_pre_hook(lambda _, args, into=seen: into.append(args[0].detach()))
         with torch.no_grad():
             model(**inputs)
         hook.remove()
@@ -82,15 +78,11 @@ def captum_loop(model: Any, batch: dict[str, torch.Tensor], steps: int) -> torch
             copies = len(neurons) // len(answers)
 
             def put(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-                return (
-                    torch.cat([whole.repeat(copies, 1, 1)[:, :-2], neurons[:, None], args[0][:, -1:]], dim=1),
-                )
+                return (torch.cat([whole.repeat(copies, 1, 1)[:, :-2], neurons[:, None], args[0][:, -1:]], dim=1),)
 
             handle = place.register_forward_pre_hook(put)
             try:
-                logits = model(**{name: value.repeat(copies, 1) for name, value in inputs.items()}).logits[
-                    :, -2
-                ]
+                logits = model(**{name: value.repeat(copies, 1) for name, value in inputs.items()}).logits[:, -2]
             finally:
                 handle.remove()
             return logits.float().softmax(-1).gather(1, answers.repeat(copies)[:, None])[:, 0]
@@ -130,9 +122,7 @@ def attribution_lines(model: Any, args: argparse.Namespace) -> list[dict[str, An
             "largest difference / largest score": difference,
         }
         lines.append(line)
-        print(
-            f"\nattribution, all layers, m = 20, {args.examples} prompt(s) of {tokens} tokens, answers of one token"
-        )
+        print(f"\nattribution, all layers, m = 20, {args.examples} prompt(s) of {tokens} tokens, answers of one token")
         print(f"  peft-aso  {spread(ours_s)}\n  Captum    {spread(captum_s)}")
         print(
             f"  {line['ratio']:.0f} times faster; largest difference {difference:.1e} of the largest score",
@@ -168,9 +158,7 @@ def step_of(model: Any, batch: dict[str, torch.Tensor], penalty: bool) -> Callab
 def chain_of(base: Any, config_class: type, history: int) -> Any:
     """`history` frozen adapters and one that trains, all in the forward pass."""
     names = [f"task{index}" for index in range(history + 1)]
-    model = get_peft_model(
-        base, config_class(r=8, lora_alpha=32, task_type="CAUSAL_LM"), adapter_name=names[0]
-    )
+    model = get_peft_model(base, config_class(r=8, lora_alpha=32, task_type="CAUSAL_LM"), adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config_class(r=8, lora_alpha=32, task_type="CAUSAL_LM"))
     fill(model)
@@ -201,9 +189,7 @@ def step_lines(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         ours_s, stock_s = in_turn(ours_step, stock_step, args.repeats)
         ratio = statistics.median(ours_s) / statistics.median(stock_s)
         lines.append({"what": "step", "history": history, "ours": ours_s, "stock": stock_s, "ratio": ratio})
-        print(
-            f"\ntraining step, batch 8 x 64 tokens, {history} frozen adapter(s) of rank 8 and one that trains"
-        )
+        print(f"\ntraining step, batch 8 x 64 tokens, {history} frozen adapter(s) of rank 8 and one that trains")
         print(f"  peft-aso, penalty included        {spread(ours_s)}")
         print(f"  stock PEFT, all active, no penalty {spread(stock_s)}")
         print(f"  ratio {ratio:.2f}; largest difference of the logits {difference:.1e}", flush=True)
@@ -215,9 +201,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="folder or Hub id of a causal model")
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256], help="prompt lengths")
     parser.add_argument("--examples", type=int, default=1, help="prompts attributed at once")
-    parser.add_argument(
-        "--history", type=int, nargs="*", default=[1, 15, 50], help="numbers of frozen adapters"
-    )
+    parser.add_argument("--history", type=int, nargs="*", default=[1, 15, 50], help="numbers of frozen adapters")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
     args = parser.parse_args()
