@@ -113,6 +113,7 @@ def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> N
         logging_steps=5,
         save_strategy="no",
         report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
     )
     trainer = trainer_class(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from captum.attr import IntegratedGradients
 from torch import nn
+
+from peft_aso.attribution import find_neurons
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,3 +36,40 @@ def scaled_positions(model: nn.Module, batch: Batch, name: str) -> torch.Tensor:
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return torch.cat([labels[:, 1:] != -100, torch.zeros(len(labels), 1, dtype=torch.bool)], 1)
     return batch["attention_mask"].bool()
+
+
+def captum_scores(model: nn.Module, batch: Batch, steps: int) -> torch.Tensor:
+    """Captum's IntegratedGradients, layer by layer, through a forward pass whose neurons are put in by
+    hand."""
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    found = []
+    for layer in find_neurons(model):
+        module = model.get_submodule(layer.name)
+        kept: list[torch.Tensor] = []
+        hook = module.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].detach()))
+        with torch.no_grad():
+            answer_probability(model, inputs, labels)
+        hook.remove()
+        where = scaled_positions(model, batch, layer.name)[..., None]
+        neurons = kept[0].view(*where.shape[:2], -1)
+
+        def forward(
+            scaled: torch.Tensor, module: nn.Module = module, where: torch.Tensor = where
+        ) -> torch.Tensor:
+            times = len(scaled) // len(labels)
+            mask = where.repeat(times, 1, 1)
+
+            def put(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+                return (torch.where(mask, scaled, args[0].view_as(scaled)).view_as(args[0]),)
+
+            hook = module.register_forward_pre_hook(put)
+            try:
+                repeated = {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
+                return answer_probability(model, repeated, labels.repeat(times, *[1] * (labels.ndim - 1)))
+            finally:
+                hook.remove()
+
+        scores = IntegratedGradients(forward).attribute(neurons, n_steps=steps, method="riemann_right")
+        found.append((scores * where).sum(1))
+    return torch.cat(found, 1)

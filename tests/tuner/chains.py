@@ -117,3 +117,20 @@ def assert_frozen(model: Any, adapters: Iterable[str], values: dict[str, torch.T
         for name, parameter in parameters_of(model, adapter).items():
             assert not parameter.requires_grad, f"{name} trains"
             assert values is None or torch.equal(values[name], parameter), f"{name} has changed"
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    """What a refused call may not change: adapters, what is active, parameters, what trains, logits."""
+    parameters = {name: (value.requires_grad, value.detach().clone()) for name, value in model.named_parameters()}
+    return list(model.peft_config), model.active_adapters, parameters, logits(model)
+
+
+def assert_same(model: Any, before: tuple[Any, ...]) -> None:
+    """The model is as it was when `state_of` was called."""
+    after = state_of(model)
+    assert after[:2] == before[:2]
+    assert list(after[2]) == list(before[2])
+    for name, (trains, value) in after[2].items():
+        assert trains == before[2][name][0] and torch.equal(value, before[2][name][1]), name
+    assert torch.equal(after[3], before[3])
+    assert not model.base_model.tasks.missing

@@ -138,6 +138,10 @@ def test_heads_follow_the_current_task(tmp_path: Path):
     assert_frozen(model, HISTORY)
     model.set_requires_grad(list(TASKS))
     assert_frozen(model, HISTORY)
+    model.set_adapter("amazon")  # active, and history all the same
+    with model.disable_adapter():
+        pass
+    assert_frozen(model, HISTORY)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path / TASKS[0], adapter_name=TASKS[0])
     for task in TASKS[1:]:

@@ -1,4 +1,4 @@
-"""What is refused, checked alone; tests/tuner/test_model.py has the same checks on the way through PEFT."""
+"""What is refused, checked alone; test_model.py and test_loading.py check the same on the way through PEFT."""
 
 from __future__ import annotations
 

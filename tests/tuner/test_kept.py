@@ -49,14 +49,16 @@ def test_the_state_of_a_tensor():
     assert tensor_state(parameter) != before
 
 
-def test_a_tensor_that_went_to_another_dtype_and_back_is_another():
-    """The allocator gives the old address out again; only a kept storage tells the two apart."""
+def test_a_state_keeps_its_address_from_being_given_to_another_tensor():
+    """Weights that went to another dtype and back may lie where they lay before, with other values."""
     parameter = nn.Parameter(torch.randn(64, 64))
-    before = tensor_state(parameter)
+    before, address = tensor_state(parameter), parameter.data_ptr()
+    later = []
     for _ in range(50):
-        parameter.data = parameter.data.to(torch.bfloat16)
-        parameter.data = parameter.data.to(torch.float32)
+        parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
+        later.append(parameter.data)
         assert tensor_state(parameter) != before
+    assert address not in {tensor.data_ptr() for tensor in later}
 
 
 def test_tensors_made_in_inference_mode_have_a_state():

@@ -72,7 +72,7 @@ def _loaded(model: Any, path: Path, **settings: Any) -> Any:
 def _in_any_order(model: Any, path: Path) -> Any:
     folder = _saved(model, path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the history is not here yet: test_model.py
+        warnings.simplefilter("ignore")  # that the history is not here yet: see test_model.py
         loaded = PeftModel.from_pretrained(tiny("llama"), folder / CURRENT, adapter_name=CURRENT)
         for task in (TASKS[1], TASKS[0]):
             loaded.load_adapter(folder / task, adapter_name=task, is_trainable=True)

@@ -214,6 +214,14 @@ def test_compiled_models_give_the_same_and_psi_compiles_nothing_anew(backend: st
     torch._dynamo.reset()
 
 
+def test_the_history_breaks_no_graph():
+    torch._dynamo.reset()
+    _, model = chain("llama", base=tiny("llama", num_hidden_layers=1))
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, tiny_batch(model)), logits(model, tiny_batch(model)))
+    torch._dynamo.reset()
+
+
 def test_a_compiled_step_with_the_penalty_in_it():
     torch._dynamo.reset()
     _, model = chain("llama", base=tiny("llama", num_hidden_layers=1))

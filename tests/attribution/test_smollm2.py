@@ -1,0 +1,65 @@
+"""Attribution on a real model: SmolLM2-135M, all 30 layers, against Captum."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_aso.attribution import integrated_gradients, similarity
+from tests.attribution.reference import captum_scores, largest_gap
+
+pytestmark = pytest.mark.slow
+QUESTIONS = (("Question: What is the capital of France?\nAnswer:", " Paris"), ("2 + 2 =", " 4, of course"))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    from tasks import load_model
+
+    model, tokenizer = load_model("smollm2")
+    return model.eval(), tokenizer
+
+
+def batch_of(tokenizer: Any, side: str) -> dict[str, torch.Tensor]:
+    rows = [
+        (tokenizer(prompt).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
+        for prompt, answer in QUESTIONS
+    ]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, answer in rows:
+        free = width - len(prompt) - len(answer)
+        for name, real, filler in (
+            ("input_ids", prompt + answer, tokenizer.pad_token_id),
+            ("attention_mask", [1] * (len(prompt) + len(answer)), 0),
+            ("labels", [-100] * len(prompt) + answer, -100),
+        ):
+            batch[name].append([filler] * free + real if side == "left" else real + [filler] * free)
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_scores_are_captums_on_smollm2(smollm2: tuple[Any, Any], side: str) -> None:
+    model, tokenizer = smollm2
+    batch = batch_of(tokenizer, side)
+    assert sorted((batch["labels"] != -100).sum(1).tolist()) == [1, 5]
+    ours = integrated_gradients(model, batch, steps=20, method="fast")
+    reference = captum_scores(model, batch, steps=20)
+    assert ours.scores.shape == (2, 30 * 1536)
+    assert largest_gap(ours.scores, reference) <= 1e-5
+
+
+def test_few_gauss_legendre_nodes_rank_as_many(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    batch = batch_of(tokenizer, "right")
+    exact = integrated_gradients(model, batch, steps=64, quadrature="gauss_legendre").values
+    few = integrated_gradients(model, batch, steps=6, quadrature="gauss_legendre").values
+    riemann = integrated_gradients(model, batch, steps=20).values
+    gap_few, gap_riemann = 1 - similarity(few, exact), 1 - similarity(riemann, exact)
+    print(f"1 - Spearman against 64 nodes: 6 Gauss-Legendre {gap_few.tolist()}, 20 Riemann {gap_riemann.tolist()}")
+    assert (gap_few < 0.01).all()
