@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results are written")
     parser.add_argument("--train-limit", type=int, help="at most this many training examples a task")
     parser.add_argument("--test-limit", type=int, help="at most this many test examples a task")
-    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--epochs", type=float, default=2.5)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--penalty-weight", type=float, help="lambda of Eq. 7; 0: IncLoRA")
     parser.add_argument("--probe", type=int, default=4, help="examples on which attribution is computed")
     parser.add_argument("--steps", type=int, default=6, help="nodes of the integral (Eq. 11), Gauss-Legendre")
-    parser.add_argument("--refresh", type=float, default=0.25, help="fraction of a run between two refreshes of psi")
+    parser.add_argument("--refresh", type=float, default=0.34, help="fraction of a run between two refreshes of psi")
     parser.add_argument("--no-reference", action="store_true", help="skip training each task alone (no FWT then)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -110,7 +110,7 @@ def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> N
         weight_decay=0.0,
         lr_scheduler_type="constant",
         bf16=bf16_is_faster(),
-        logging_steps=5,
+        logging_strategy="epoch",
         save_strategy="no",
         report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 IGNORE = -100
@@ -28,6 +27,9 @@ IGNORE = -100
 # positions as long as the answer is run steps x layers times: 64 admits every such answer with room, and
 # stops the common mistake of leaving the prompt's labels in, before it costs an hour.
 MAX_ANSWER_TOKENS = 64
+
+# how many logits are exponentiated at once, 16 MiB in float32
+_CHUNK = 2**22
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "seq_idx")
 
@@ -99,12 +101,31 @@ def log_probability(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """
     targets = targets.to(logits.device)
     labelled = targets != IGNORE
-    picked = logits[labelled]
+    # the logits are the largest tensor of a pass: no copy of them where every position is labelled
+    picked = logits.flatten(0, -2) if bool(labelled.all()) else logits[labelled]
     picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
     with torch.autocast(logits.device.type, enabled=False):
-        logs = -F.cross_entropy(picked, targets[labelled], reduction="none")
+        logs: torch.Tensor = _LogSoftmaxAt.apply(picked, targets[labelled])
     rows = labelled.nonzero()[:, 0]
     return torch.zeros(len(logits), dtype=logs.dtype, device=logs.device).index_add(0, rows, logs)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """`log_softmax(logits)[m, targets[m]]` for `(M, V)` logits, with one tensor of that size, in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        some = max(1, _CHUNK // logits.shape[1])
+        sums = torch.cat([part.logsumexp(-1) for part in logits.split(some)])
+        ctx.save_for_backward(logits, sums, targets)
+        return logits.gather(1, targets[:, None])[:, 0] - sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, sums, targets = ctx.saved_tensors
+        (gradient,) = gradients
+        result = torch.sub(logits, sums[:, None]).exp_().mul_(-gradient[:, None])
+        return result.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
 def forward_parameters(model: nn.Module) -> set[str]:

@@ -26,7 +26,7 @@ from .passes import Pass, PlainPass
 from .quadrature import path
 from .quiet import undisturbed
 from .self_check import compare, verdict
-from .steps import LayerScores, groups, layer_scores, record
+from .steps import LayerScores, groups, layer_scores, record, sweep_scores, sweeps
 from .vector import AttributionVector, Layout, assemble
 from .window import CausalWindow, DecoderWindow, FastWayUnsupported, position_convention
 
@@ -198,9 +198,15 @@ def _run_layers(
         recording = record(run, group, outputs=skip)
         assert recording.log_probability is not None
         log_probability = recording.log_probability
-        for layer in group:
-            scores[layer.name] = layer_scores(run, layer, recording, rule, rows, skip)
-            bar.update()
+        each = run.batch_size * len(rule[0])
+        parts = sweeps(group, each, rows, max_rows is not None) if skip and run.can_sweep else [[x] for x in group]
+        for part in parts:
+            if len(part) > 1:
+                found = sweep_scores(run, part, recording, rule)
+            else:
+                found = [layer_scores(run, part[0], recording, rule, rows, skip)]
+            scores.update(zip((layer.name for layer in part), found, strict=True))
+            bar.update(len(part))
     return log_probability
 
 

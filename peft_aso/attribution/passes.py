@@ -17,9 +17,9 @@ from .answer import IGNORE, Answer, forward_parameters, log_probability
 from .neurons import NeuronLayer
 from .replay import take
 
-# how many numbers the activations of one chunk of rows may hold, about 1 GiB in float32
-_BUDGET = 2**28
-_MOST_ROWS = 256
+# how many numbers the activations of one chunk of rows may hold, about 2 GiB in float32
+_BUDGET = 2**29
+_MOST_ROWS = 1024
 
 
 class Pass(ABC):
@@ -28,7 +28,10 @@ class Pass(ABC):
     Attributes:
         positions: for each stack, bool `(B, W)`: where its neurons are scaled in this pass.
         batch_size: B.
+        can_sweep: several layers may share one forward pass (sweep.py).
     """
+
+    can_sweep = False
 
     model: nn.Module
     positions: dict[str, torch.Tensor]
@@ -43,7 +46,7 @@ class Pass(ABC):
         """About how many numbers one row costs besides the activations of the blocks."""
 
     def default_rows(self, layers: list[NeuronLayer]) -> int:
-        """As many rows at once as keep the activations near 1 GiB, between 1 and 256."""
+        """As many rows at once as keep the activations near 2 GiB, between 1 and 1024."""
         width = max(mask.shape[1] for mask in self.positions.values())
         config: Any = self.model.config
         hidden = int(getattr(config.get_text_config(), "hidden_size", None) or layers[0].size // 4)
@@ -92,6 +95,8 @@ def keep_labelled(
     if "logits_to_keep" not in forward_parameters(model):
         return targets, options
     columns = (targets != IGNORE).any(0).nonzero()[:, 0]
+    if len(columns) == targets.shape[1]:
+        return targets, options
     return targets[:, columns], {**options, "logits_to_keep": columns}
 
 

@@ -28,12 +28,13 @@ class FixedLayer(CacheLayerMixin):
         rows: torch.Tensor | None = None,
     ) -> None:
         self._keys, self._values, self._rows = keys, values, rows
+        self.shown_rows: int | None = None  # None: all of `rows`
         self.is_initialized = keys is not None
 
     def _shown(self, states: torch.Tensor | None) -> torch.Tensor | None:
         if states is None or self._rows is None:
             return states
-        return take(states, self._rows, states.shape[0])
+        return take(states, self._rows[: self.shown_rows], states.shape[0])
 
     # cross-attention reads these two and calls no `update`
     @property
@@ -97,6 +98,17 @@ def read_only(cache: Cache, rows: torch.Tensor) -> Cache:
         )
         layers.append(FixedLayer(keys, values, rows))
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=FixedLayer)
+
+
+def show_rows(cache: Cache, count: int) -> None:
+    """Let a read-only cache show the first `count` of its rows from now on."""
+    if isinstance(cache, EncoderDecoderCache):
+        show_rows(cache.self_attention_cache, count)
+        show_rows(cache.cross_attention_cache, count)
+        return
+    for layer in cache.layers:
+        if isinstance(layer, FixedLayer):
+            layer.shown_rows = count
 
 
 def floats_per_row(cache: Cache) -> int:

@@ -7,7 +7,7 @@ recorded once and handed on (`skipped`), and the layer's neurons are replaced by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,16 +118,23 @@ def skipped(layer: NeuronLayer, recording: Recording, batch_size: int, rows: tor
     def hand_on(*_: Any, **__: Any) -> Any:
         return output
 
+    with patched_forward(below, [hand_on] * len(below)):
+        yield
+
+
+@contextmanager
+def patched_forward(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Give each block another forward inside."""
     # a block may already carry a forward of its own (accelerate puts one there): it goes back as it was
-    own = [block.__dict__.get("forward") for block in below]
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block in below:
-            block.forward = hand_on
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
         yield
     finally:
-        for block, forward in zip(below, own, strict=True):
-            if forward is not None:
-                block.forward = forward
+        for block, before in zip(blocks, own, strict=True):
+            if before is not None:
+                block.forward = before
             else:
                 block.__dict__.pop("forward", None)
 

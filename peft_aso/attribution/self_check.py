@@ -8,7 +8,7 @@ steps are computed both ways.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from .neurons import NeuronLayer
 from .passes import Pass
 from .quadrature import path
-from .steps import LayerScores, layer_scores, record
+from .steps import LayerScores, layer_scores, record, sweep_scores
 from .window import FastWayUnsupported
 
 # what was found for a model: the situations checked, and why it runs the plain way, if it does
@@ -65,9 +65,10 @@ def verdict(model: nn.Module, situation: str, check: Callable[[], str | None]) -
 def compare(fast: Pass, plain: Pass, layers: list[NeuronLayer]) -> str | None:
     """What differs between two passes over the same examples, or None: first, middle and last layer, two
     steps."""
-    for layer in _three(layers):
-        ours, half = _scores(fast, layer, skip=True)
-        reference, _ = _scores(plain, layer, skip=False)
+    chosen = _three(layers)
+    fast_scores, half = _scores(fast, chosen, skip=True)
+    plain_scores, _ = _scores(plain, chosen, skip=False)
+    for layer, ours, reference in zip(chosen, fast_scores, plain_scores, strict=True):
         tolerance = HALF_TOLERANCE if half else TOLERANCE
         common = torch.maximum(ours.log_size, reference.log_size)
         first = ours.values * torch.exp(ours.log_size - common)[:, None]
@@ -81,12 +82,15 @@ def compare(fast: Pass, plain: Pass, layers: list[NeuronLayer]) -> str | None:
     return None
 
 
-def _scores(run: Pass, layer: NeuronLayer, skip: bool) -> tuple[LayerScores, bool]:
-    recording = record(run, [layer], outputs=skip)
-    half = torch.finfo(recording.neurons[layer.name].dtype).bits < 32
-    return layer_scores(run, layer, recording, path(2), max_rows=2, skip=skip), half
+def _scores(run: Pass, layers: list[NeuronLayer], skip: bool) -> tuple[list[LayerScores], bool]:
+    """Scores with two steps, as they are computed for all layers; and whether neurons are in half precision."""
+    recording = record(run, layers, outputs=skip)
+    half = any(torch.finfo(neurons.dtype).bits < 32 for neurons in recording.neurons.values())
+    if skip and run.can_sweep and len(layers) > 1:
+        return sweep_scores(run, layers, recording, path(2)), half
+    return [layer_scores(run, layer, recording, path(2), max_rows=2, skip=skip) for layer in layers], half
 
 
-def _three(layers: list[NeuronLayer]) -> Iterable[NeuronLayer]:
+def _three(layers: list[NeuronLayer]) -> list[NeuronLayer]:
     indices = sorted({0, len(layers) // 2, len(layers) - 1})
     return [layers[index] for index in indices]

@@ -9,6 +9,7 @@ import torch
 from .neurons import NeuronLayer
 from .passes import Pass
 from .replay import Recording, recorded, scaled, skipped
+from .sweep import swept
 
 # how many numbers of one recording are held at once, 512 MiB in float32
 _RECORDING_BUDGET = 2**27
@@ -56,8 +57,32 @@ def layer_scores(
         log_p, gradient = _rows(run, layer, recording, part_rows, part_factors, skip)
         logs.append(log_p)
         gradients.append(gradient)
-    log_p = torch.cat(logs).view(run.batch_size, count)
-    gradient = torch.cat(gradients).view(run.batch_size, count, layer.size)
+    return _summed(torch.cat(logs), torch.cat(gradients), weights, run.batch_size)
+
+
+def sweep_scores(
+    run: Pass, layers: list[NeuronLayer], recording: Recording, path: tuple[torch.Tensor, torch.Tensor]
+) -> list[LayerScores]:
+    """`layer_scores` of several layers of one stack in one upward sweep (sweep.py), all steps at once."""
+    nodes, weights = path
+    rows = torch.arange(run.batch_size, device=_device(run)).repeat_interleave(len(nodes))
+    factors, positions = nodes.repeat(run.batch_size), run.positions[layers[0].stack][rows]
+    with swept(layers, recording, run.batch_size, rows, factors, positions) as leaves:
+        log_p = run(rows.repeat(len(layers)))
+        gradients = torch.autograd.grad(log_p.sum(), leaves)
+    wide = _float64(log_p.detach()).view(len(layers), len(rows))
+    found = []
+    for layer, logs, gradient in zip(layers, wide, gradients, strict=True):
+        neurons = recording.neurons[layer.name]
+        own = neurons.expand(len(rows), -1, -1) if len(neurons) == 1 else neurons[rows.to(neurons.device)]
+        found.append(_summed(logs, (gradient * own).sum(1).to(wide.device), weights, run.batch_size))
+    return found
+
+
+def _summed(log_p: torch.Tensor, gradient: torch.Tensor, weights: torch.Tensor, batch_size: int) -> LayerScores:
+    """The sum of Eq. 11 over the steps, from log P_k `(R,)` and the gradients of log P_k `(R, size)`."""
+    log_p = log_p.view(batch_size, -1)
+    gradient = gradient.view(*log_p.shape, -1)
     log_size = log_p.amax(1)
     share = torch.exp(log_p - log_size[:, None]) * weights.to(log_p)
     return LayerScores(torch.einsum("bk,bkn->bn", share, gradient.to(share.dtype)), log_size)
@@ -93,6 +118,26 @@ def groups(run: Pass, layers: list[NeuronLayer]) -> list[list[NeuronLayer]]:
             held = 0
         found[-1].append(layer)
         held += size
+    return found
+
+
+def sweeps(layers: list[NeuronLayer], rows: int, most: int, capped: bool) -> list[list[NeuronLayer]]:
+    """Layers of one stack, in parts that can be swept at once.
+
+    Args:
+        rows: of one layer.
+        most: rows that fit in memory when they run through all blocks; a row that enters higher up costs less.
+        capped: `most` is the caller's, and bounds the rows of a part whatever they cost.
+    """
+    found: list[list[NeuronLayer]] = []
+    held = 0.0
+    for layer in layers:
+        cost = rows * (1.0 if capped else (len(layer.blocks) - layer.block_index) / len(layer.blocks))
+        if not found or held + cost > most:
+            found.append([])
+            held = 0.0
+        found[-1].append(layer)
+        held += cost
     return found
 
 

@@ -45,6 +45,8 @@ class WindowPass(Pass):
     the batch in the first dimension, `cache` the prompt's keys and values.
     """
 
+    can_sweep = True
+
     window: dict[str, Any]
     cache: Cache
     targets: torch.Tensor

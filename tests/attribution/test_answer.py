@@ -192,3 +192,19 @@ def test_seq2seq_shapes_must_agree() -> None:
     batch = tiny_batch(model, 2)
     with pytest.raises(ValueError, match="differ in shape"):
         read_batch(model, {**batch, "decoder_input_ids": torch.ones(2, 5).long()})
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_log_probability_and_its_gradient_are_log_softmaxs(unlabelled: bool, fresh_seed: int) -> None:
+    logits = (torch.randn(3, 4, 11) * 5).requires_grad_()
+    targets = torch.randint(0, 11, (3, 4))
+    if unlabelled:
+        targets[0, 1] = targets[2, 3] = -100
+    weights = torch.rand(3)
+    found = log_probability(logits, targets)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), logits)
+    logs = torch.log_softmax(logits.double(), -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected = (logs * (targets != -100)).sum(1)
+    (reference,) = torch.autograd.grad((expected * weights.double()).sum(), logits)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert torch.allclose(gradient, reference, atol=1e-6)

@@ -119,14 +119,16 @@ def test_the_window_is_all_that_runs() -> None:
     model = tiny("llama")
     batch = tiny_batch(model, 2, prompt=(8, 8))
     integrated_gradients(model, batch, steps=2)  # the self-check is done
-    widths: list[list[int]] = [[], [], []]
+    shapes: list[list[tuple[int, int]]] = [[], [], []]
     hooks = [
-        block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
-        for block, seen in zip(model.model.layers, widths, strict=True)
+        block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(tuple(args[0].shape[:2])))
+        for block, seen in zip(model.model.layers, shapes, strict=True)
     ]
     integrated_gradients(model, batch, steps=4, method="fast")
+    integrated_gradients(model, batch, steps=4, method="fast", max_rows=8)
     for hook in hooks:
         hook.remove()
-    # the prompt, the recording, then a pass for each layer from it upwards
-    assert [len(seen) for seen in widths] == [3, 4, 5]
-    assert all(seen[0] == 7 and set(seen[1:]) == {2} for seen in widths)
+    # the prompt and the recording; then one sweep whose batch grows by 2 examples x 4 steps at each block
+    assert [seen[:3] for seen in shapes] == [[(2, 7), (2, 2), (8 * up, 2)] for up in (1, 2, 3)]
+    # room for one layer at a time: a pass for each layer, from it upwards
+    assert [seen[3:] for seen in shapes] == [[(2, 7), (2, 2), *[(8, 2)] * up] for up in (1, 2, 3)]
