@@ -93,9 +93,11 @@ def captum_loop(model: Any, batch: dict[str, torch.Tensor], steps: int) -> torch
 
 
 def prompt_batch(model: Any, tokens: int, examples: int) -> dict[str, torch.Tensor]:
-    """Random prompts of `tokens` tokens, each with one answer token (which is the last)."""
+    """Random prompts of `tokens` tokens, each with one answer token, the last: the model's own first choice."""
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(100, model.config.vocab_size - 100, (examples, tokens + 1), generator=generator)
+    with torch.no_grad():
+        ids[:, -1] = model(input_ids=ids[:, :-1]).logits[:, -1].argmax(-1)
     labels = ids.clone()
     labels[:, :-1] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
