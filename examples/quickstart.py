@@ -235,7 +235,7 @@ def report(
     print(
         "\n"
         + "   ".join(
-            f"{name} {100 * value:+.1f}" if name != "AA" else f"AA {100 * value:.1f}"
+            f"{name} {round(100 * value, 1) + 0.0:{'.1f' if name == 'AA' else '+.1f'}}"
             for name, value in metrics.items()
         )
     )
