@@ -32,6 +32,11 @@ class Recording:
     outputs: dict[tuple[str, int], Any] = field(default_factory=dict)
     log_probability: torch.Tensor | None = None
 
+    def neurons_of(self, layer: NeuronLayer, rows: torch.Tensor) -> torch.Tensor:
+        """The neurons of `layer` with its examples repeated as `rows` says, `(R, W, size)`."""
+        neurons = self.neurons[layer.name]
+        return neurons.expand(len(rows), -1, -1) if len(neurons) == 1 else neurons[rows.to(neurons.device)]
+
 
 @contextmanager
 def recorded(

@@ -73,8 +73,7 @@ def sweep_scores(
     wide = _float64(log_p.detach()).view(len(layers), len(rows))
     found = []
     for layer, logs, gradient in zip(layers, wide, gradients, strict=True):
-        neurons = recording.neurons[layer.name]
-        own = neurons.expand(len(rows), -1, -1) if len(neurons) == 1 else neurons[rows.to(neurons.device)]
+        own = recording.neurons_of(layer, rows)
         found.append(_summed(logs, (gradient * own).sum(1).to(wide.device), weights, run.batch_size))
     return found
 
@@ -92,8 +91,7 @@ def _rows(
     run: Pass, layer: NeuronLayer, recording: Recording, rows: torch.Tensor, factors: torch.Tensor, skip: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log P_k `(R,)` in float64, and neuron * dlogP_k/dneuron summed over positions, `(R, size)`."""
-    neurons = recording.neurons[layer.name]
-    own = neurons.expand(len(rows), -1, -1) if len(neurons) == 1 else neurons[rows.to(neurons.device)]
+    own = recording.neurons_of(layer, rows)
     positions = run.positions[layer.stack][rows]
     below = skipped(layer, recording, run.batch_size, rows) if skip else None
     with scaled(layer, own, factors, positions) as leaf:

@@ -51,8 +51,7 @@ def swept(
     leaves = []
     with ExitStack() as stack:
         for part, layer in enumerate(layers):
-            neurons = recording.neurons[layer.name]
-            own = neurons.expand(len(rows), -1, -1) if len(neurons) == 1 else neurons[rows.to(neurons.device)]
+            own = recording.neurons_of(layer, rows)
             precise = torch.promote_types(own.dtype, torch.float32)
             leaf = own.to(precise) * factors.to(device=own.device, dtype=precise)[:, None, None]
             leaves.append(leaf.requires_grad_())
