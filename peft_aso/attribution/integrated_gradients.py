@@ -12,8 +12,9 @@ it is used where the model allows it, after a self-check.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .answer import MAX_ANSWER_TOKENS, Answer, read_batch
+from .findings import Findings
+from .memory import RowBudget
 from .neurons import NeuronLayer, find_neurons, unwrap
+from .packing import alike, of_examples
 from .passes import Pass, PlainPass
 from .quadrature import path
 from .quiet import undisturbed
-from .self_check import compare, verdict
-from .steps import LayerScores, groups, layer_scores, record, sweep_scores, sweeps
-from .vector import AttributionVector, Layout, assemble
-from .window import CausalWindow, DecoderWindow, FastWayUnsupported, position_convention
+from .self_check import compare, copies_prompts, must_copy_prompts, verdict
+from .steps import groups, layer_scores, record, sweep_scores, sweeps
+from .vector import AttributionVector
+from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("auto", "fast", "plain")
 STACKS = ("all", "encoder", "decoder")
@@ -63,7 +69,8 @@ def integrated_gradients(
         neurons: None to find down projections by structure, a regular expression for whole module names, or a
             list of suffixes.
         stacks: "all", or only the "encoder" or the "decoder" of an encoder-decoder model.
-        max_rows: how many rows (examples x steps) go through the model at once; None keeps memory near 1 GiB.
+        max_rows: how many rows (examples x steps x layers) go through the model at once; None chooses by the memory
+            that is free (see memory.py). It changes the last digits at most.
         method: "auto" takes the fast way where the self-check passes and falls back with a warning, "fast"
             raises instead of falling back, "plain" runs the whole model for each layer.
         max_answer_tokens: a longer answer is refused: most often a prompt that was not masked.
@@ -83,14 +90,14 @@ def integrated_gradients(
     layers = _of_stack(model, find_neurons(model, neurons), stacks)
     with undisturbed(model):
         inputs, answer = read_batch(model, batch, max_answer_tokens)
-        scores: dict[str, LayerScores] = {}
-        logs: list[torch.Tensor] = []
+        found = Findings()
         with tqdm(
             total=len(layers), desc="attribution", unit="layer", leave=False, disable=not progress
         ) as bar:
-            for run, part, skip in _plan(model, inputs, answer, layers, method):
-                logs.append(_run_layers(run, part, rule, max_rows, skip, scores, bar))
-        return _vector(layers, scores, logs[0])
+            for rows, run, part, skip in _plan(model, inputs, answer, layers, method):
+                share = len(rows) / len(answer.targets)
+                _run_layers(run, part, rule, max_rows, skip, found, rows, lambda count, s=share: bar.update(s * count))
+        return found.vector(layers)
 
 
 def _check_settings(method: str, stacks: str, max_rows: int | None) -> None:
@@ -116,25 +123,26 @@ def _of_stack(model: nn.Module, layers: list[NeuronLayer], stacks: str) -> list[
 
 def _plan(
     model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], method: str
-) -> Iterable[tuple[Pass, list[NeuronLayer], bool]]:
-    """(pass, its layers, whether blocks below are skipped) for all layers, fast where that is possible."""
+) -> Iterable[tuple[torch.Tensor, Pass, list[NeuronLayer], bool]]:
+    """(examples, their pass, its layers, whether blocks below are skipped), fast where that is possible."""
+    everything = torch.arange(len(answer.targets), device=answer.targets.device)
     for stack in dict.fromkeys(layer.stack for layer in layers):
         own = [layer for layer in layers if layer.stack == stack]
         inside = [layer for layer in own if layer.block is not None] if method != "plain" else []
         fast = _fast_pass(model, inputs, answer, inside, method) if inside else None
-        if fast is not None:
-            yield fast, inside, True
+        for rows, run in fast or ():
+            yield rows, run, inside, True
         rest = own if fast is None else [layer for layer in own if layer.block is None]
         if rest:
             outside = any(layer.block is None for layer in rest)
-            yield PlainPass(model, inputs, answer, whole=outside), rest, False
+            yield everything, PlainPass(model, inputs, answer, whole=outside), rest, False
 
 
 def _fast_pass(
     model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], method: str
-) -> Pass | None:
-    """A checked fast pass for layers of one stack; None (with a warning) where only the plain way is
-    right."""
+) -> list[tuple[torch.Tensor, Pass]] | None:
+    """Checked fast passes for layers of one stack, with their examples; None (with a warning) where only the
+    plain way is right."""
     stack = layers[0].stack
     padded = _padded_left(inputs)
     try:
@@ -144,7 +152,8 @@ def _fast_pass(
             lambda: _self_check(model, inputs, answer, layers, padded),
         )
         if reason is None:
-            return _make_fast(model, inputs, answer, stack)
+            parts = alike(answer, stack)
+            return [(rows, _make_fast(model, *of_examples(inputs, answer, rows), stack)) for rows in parts]
         if method == "fast":
             raise FastWayUnsupported(
                 f"the fast way did not pass its self-check on {type(model).__name__}: {reason}"
@@ -157,24 +166,34 @@ def _fast_pass(
 
 
 def _make_fast(model: nn.Module, inputs: Inputs, answer: Answer, stack: str, extra_padding: int = 0) -> Pass:
+    run: WindowPass
     if answer.kind == "causal":
         convention = position_convention(model, inputs, answer.positions["single"])
-        return CausalWindow(model, inputs, answer, convention, extra_padding)
-    if answer.kind == "seq2seq" and stack == "decoder":
-        return DecoderWindow(model, inputs, answer)
-    # an encoder sees everything at once: the whole batch is run, from the scaled block upwards
-    return PlainPass(model, inputs, answer)
+        run = CausalWindow(model, inputs, answer, convention, extra_padding)
+    elif answer.kind == "seq2seq" and stack == "decoder":
+        run = DecoderWindow(model, inputs, answer)
+    else:  # an encoder sees everything at once: the whole batch is run, from the scaled block upwards
+        return PlainPass(model, inputs, answer)
+    run.shared = not copies_prompts(model)
+    return run
 
 
 def _self_check(
     model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], padded: bool
 ) -> str | None:
     row = int(inputs["attention_mask"][:, 0].argmin()) if padded else 0
-    one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-    positions = {stack: mask[row : row + 1] for stack, mask in answer.positions.items()}
-    single = Answer(answer.kind, answer.targets[row : row + 1], positions)
+    one, single = of_examples(inputs, answer, torch.tensor([row], device=answer.targets.device))
+    plain = PlainPass(model, one, single)
     fast = _make_fast(model, one, single, layers[0].stack, extra_padding=2)
-    return compare(fast, PlainPass(model, one, single), layers)
+    if isinstance(fast, WindowPass) and fast.shared:
+        try:
+            if compare(fast, plain, layers) is None:
+                return None
+        except Exception as error:  # whatever sharing trips over, copies of the prompt for each row do not need it
+            logger.info("%s: prompts are copied, not shared: %s", type(model).__name__, error)
+        must_copy_prompts(model)
+        fast.shared = False
+    return compare(fast, plain, layers)
 
 
 def _padded_left(inputs: Inputs) -> bool:
@@ -188,41 +207,23 @@ def _run_layers(
     rule: tuple[torch.Tensor, torch.Tensor],
     max_rows: int | None,
     skip: bool,
-    scores: dict[str, LayerScores],
-    bar: tqdm,
-) -> torch.Tensor:
-    """Fill `scores` for `layers`; returns log P_m, float64 `(B,)`."""
-    rows = max_rows or run.default_rows(layers)
-    log_probability = torch.empty(0)
+    found: Findings,
+    examples: torch.Tensor,
+    advance: Callable[[int], Any],
+) -> None:
+    """Add what `layers` score on `examples` to `found`."""
+    budget = RowBudget.of(run, layers, max_rows)
     for group in groups(run, layers):
         recording = record(run, group, outputs=skip)
         assert recording.log_probability is not None
-        log_probability = recording.log_probability
+        found.add_log_probability(examples, recording.log_probability)
         each = run.batch_size * len(rule[0])
-        parts = sweeps(group, each, rows, max_rows is not None) if skip and run.can_sweep else [[x] for x in group]
+        parts = sweeps(group, each, budget) if skip and run.can_sweep else [[layer] for layer in group]
         for part in parts:
             if len(part) > 1:
-                found = sweep_scores(run, part, recording, rule)
+                scores = sweep_scores(run, part, recording, rule)
             else:
-                found = [layer_scores(run, part[0], recording, rule, rows, skip)]
-            scores.update(zip((layer.name for layer in part), found, strict=True))
-            bar.update(len(part))
-    return log_probability
-
-
-def _vector(
-    layers: list[NeuronLayer], scores: dict[str, LayerScores], log_probability: torch.Tensor
-) -> AttributionVector:
-    layout: Layout = []
-    start = 0
-    for layer in layers:
-        layout.append((layer.name, start, start + layer.size))
-        start += layer.size
-    own = [scores[layer.name] for layer in layers]
-    for layer, part in zip(layers, own, strict=True):
-        if not (torch.isfinite(part.values).all() and torch.isfinite(part.log_size).all()):
-            raise ValueError(
-                f"attribution of {layer.name} has NaN or Inf: check the model's weights, and use float32 or "
-                "bfloat16 where float16 overflows"
-            )
-    return assemble([part.values for part in own], [part.log_size for part in own], log_probability, layout)
+                scores = [layer_scores(run, part[0], recording, rule, budget.rows, skip)]
+            for layer, score in zip(part, scores, strict=True):
+                found.add(examples, layer, score)
+            advance(len(part))

@@ -14,12 +14,7 @@ import torch
 from torch import nn
 
 from .answer import IGNORE, Answer, forward_parameters, log_probability
-from .neurons import NeuronLayer
 from .replay import take
-
-# how many numbers the activations of one chunk of rows may hold, about 2 GiB in float32
-_BUDGET = 2**29
-_MOST_ROWS = 1024
 
 
 class Pass(ABC):
@@ -44,15 +39,6 @@ class Pass(ABC):
     @abstractmethod
     def floats_per_row(self) -> int:
         """About how many numbers one row costs besides the activations of the blocks."""
-
-    def default_rows(self, layers: list[NeuronLayer]) -> int:
-        """As many rows at once as keep the activations near 2 GiB, between 1 and 1024."""
-        width = max(mask.shape[1] for mask in self.positions.values())
-        config: Any = self.model.config
-        hidden = int(getattr(config.get_text_config(), "hidden_size", None) or layers[0].size // 4)
-        blocks = max(len(layer.blocks) for layer in layers) or 1
-        activations = width * blocks * (10 * hidden + 4 * max(layer.size for layer in layers))
-        return max(1, min(_MOST_ROWS, _BUDGET // (activations + self.floats_per_row())))
 
 
 class PlainPass(Pass):

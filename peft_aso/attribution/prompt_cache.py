@@ -1,8 +1,9 @@
 """A cache of keys and values that is read and never written.
 
 The prompt's keys and values are computed once for each example. Many forward passes over the answer read
-them, each with its own choice of examples as rows; `update` answers with the prompt's and the new ones side
-by side and keeps nothing of the new.
+them, each with its own choice of examples as rows, and nothing of the new is kept. There are two ways to show them:
+copied (`update` answers with the prompt's and the new ones side by side, a copy a row), or shared (`update` answers
+with the new ones alone, and the prompt goes to the attention of shared_attention.py).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 from .replay import take
+from .shared_attention import Handover, Prompt, RowPlan
 
 
 class FixedLayer(CacheLayerMixin):
     """Keys and values of one attention layer, `(B, heads, P, head_dim)`, shown to `rows` of examples.
 
-    Without keys and values it is an empty prompt: P is 0 and `update` gives back what it was given.
+    Without keys and values it is an empty prompt: P is 0 and `update` gives back what it was given. With a
+    `handover` and the `plan` of the rows they are shared, else copied.
     """
 
     def __init__(
@@ -26,8 +29,11 @@ class FixedLayer(CacheLayerMixin):
         keys: torch.Tensor | None = None,
         values: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
+        handover: Handover | None = None,
+        plan: RowPlan | None = None,
     ) -> None:
         self._keys, self._values, self._rows = keys, values, rows
+        self._handover, self._plan = handover, plan
         self.shown_rows: int | None = None  # None: all of `rows`
         self.is_initialized = keys is not None
 
@@ -36,14 +42,22 @@ class FixedLayer(CacheLayerMixin):
             return states
         return take(states, self._rows[: self.shown_rows], states.shape[0])
 
-    # cross-attention reads these two and calls no `update`
+    def _offer(self, whole: bool) -> bool:
+        """Hand the prompt to the attention that follows, where it is shared."""
+        if self._handover is None or self._plan is None or self._keys is None or self._values is None:
+            return False
+        plan = self._plan.shown(self.shown_rows)
+        self._handover.offer(Prompt(plan.of_examples(self._keys), plan.of_examples(self._values), plan, whole))
+        return True
+
+    # cross-attention reads these two, keys first, and calls no `update`
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._shown(self._keys)
+        return self._keys if self._offer(whole=True) else self._shown(self._keys)
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._shown(self._values)
+        return self._values if self._handover is not None else self._shown(self._values)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to prepare: what there is was given at the start."""
@@ -51,7 +65,9 @@ class FixedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.keys, self.values
+        if self._offer(whole=False):
+            return key_states, value_states
+        keys, values = self._shown(self._keys), self._shown(self._values)
         if keys is None or values is None:
             return key_states, value_states
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
@@ -81,12 +97,16 @@ def empty_prompt(encoder_decoder: bool) -> Cache:
     return EncoderDecoderCache(fixed, DynamicCache()) if encoder_decoder else fixed
 
 
-def read_only(cache: Cache, rows: torch.Tensor) -> Cache:
-    """`cache` as a read-only one whose batch is `rows` of its examples."""
+def read_only(cache: Cache, rows: torch.Tensor, handover: Handover | None = None) -> Cache:
+    """`cache` as a read-only one whose batch is `rows` of its examples; shared through `handover`, or copied.
+
+    Raises:
+        SharingUnsupported: shared, and the rows do not repeat whole examples.
+    """
     if isinstance(cache, EncoderDecoderCache):
-        return EncoderDecoderCache(
-            read_only(cache.self_attention_cache, rows), read_only(cache.cross_attention_cache, rows)
-        )
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+        return EncoderDecoderCache(*(read_only(part, rows, handover) for part in parts))
+    plan = RowPlan.of(rows) if handover is not None else None
     layers = []
     for layer in cache.layers:
         if not isinstance(layer, CacheLayerMixin):
@@ -96,7 +116,7 @@ def read_only(cache: Cache, rows: torch.Tensor) -> Cache:
         keys, values = (
             (layer._keys, layer._values) if isinstance(layer, FixedLayer) else (layer.keys, layer.values)
         )
-        layers.append(FixedLayer(keys, values, rows))
+        layers.append(FixedLayer(keys, values, rows, handover, plan))
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=FixedLayer)
 
 
@@ -119,3 +139,10 @@ def floats_per_row(cache: Cache) -> int:
         tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
     ]
     return sum(tensor[0].numel() for tensor in tensors)
+
+
+def keys_per_row(cache: Cache) -> int:
+    """How many keys one query of a row attends to in the cache, over all layers."""
+    if isinstance(cache, EncoderDecoderCache):
+        return keys_per_row(cache.self_attention_cache) + keys_per_row(cache.cross_attention_cache)
+    return sum(int(layer.get_seq_length()) for layer in cache.layers)

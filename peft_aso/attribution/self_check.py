@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from .window import FastWayUnsupported
 # what was found for a model: the situations checked, and why it runs the plain way, if it does
 _checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _plain_only: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# models whose attention cannot share a prompt between rows (shared_attention.py)
+_copying: WeakSet[nn.Module] = WeakSet()
 
 TOLERANCE = 1e-3
 # bfloat16 has eight bits: the two ways sum in another order and differ in the third digit
@@ -60,6 +62,16 @@ def verdict(model: nn.Module, situation: str, check: Callable[[], str | None]) -
             stacklevel=4,
         )
     return reason
+
+
+def copies_prompts(model: nn.Module) -> bool:
+    """Whether each row of a window pass needs its own copy of the prompt's keys and values."""
+    return model in _copying
+
+
+def must_copy_prompts(model: nn.Module) -> None:
+    """Remember that sharing does not work on `model`."""
+    _copying.add(model)
 
 
 def compare(fast: Pass, plain: Pass, layers: list[NeuronLayer]) -> str | None:

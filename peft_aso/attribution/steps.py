@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .memory import RowBudget
 from .neurons import NeuronLayer
 from .passes import Pass
 from .replay import Recording, recorded, scaled, skipped
@@ -53,7 +54,10 @@ def layer_scores(
     rows = torch.arange(run.batch_size, device=device).repeat_interleave(count)
     factors = nodes.repeat(run.batch_size)
     logs, gradients = [], []
-    for part_rows, part_factors in zip(rows.split(max_rows), factors.split(max_rows), strict=True):
+    # whole examples, or a part of the steps of one: rows that share a prompt stay side by side
+    size = max_rows // count * count if max_rows >= count else 0
+    sizes = size or [len(part) for _ in range(run.batch_size) for part in nodes.split(max_rows)]
+    for part_rows, part_factors in zip(rows.split(sizes), factors.split(sizes), strict=True):
         log_p, gradient = _rows(run, layer, recording, part_rows, part_factors, skip)
         logs.append(log_p)
         gradients.append(gradient)
@@ -119,19 +123,13 @@ def groups(run: Pass, layers: list[NeuronLayer]) -> list[list[NeuronLayer]]:
     return found
 
 
-def sweeps(layers: list[NeuronLayer], rows: int, most: int, capped: bool) -> list[list[NeuronLayer]]:
-    """Layers of one stack, in parts that can be swept at once.
-
-    Args:
-        rows: of one layer.
-        most: rows that fit in memory when they run through all blocks; a row that enters higher up costs less.
-        capped: `most` is the caller's, and bounds the rows of a part whatever they cost.
-    """
+def sweeps(layers: list[NeuronLayer], rows: int, budget: RowBudget) -> list[list[NeuronLayer]]:
+    """Layers of one stack, in parts that can be swept at once; `rows` is of one layer."""
     found: list[list[NeuronLayer]] = []
     held = 0.0
     for layer in layers:
-        cost = rows * (1.0 if capped else (len(layer.blocks) - layer.block_index) / len(layer.blocks))
-        if not found or held + cost > most:
+        cost = budget.cost(rows, (len(layer.blocks) - layer.block_index) / len(layer.blocks))
+        if not found or held + cost > budget.rows:
             found.append([])
             held = 0.0
         found[-1].append(layer)

@@ -27,8 +27,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .answer import IGNORE, Answer, forward_parameters, log_probability
 from .passes import Pass, forward_options, keep_labelled, vocabulary
-from .prompt_cache import empty_prompt, floats_per_row, read_only, writable
+from .prompt_cache import empty_prompt, floats_per_row, keys_per_row, read_only, writable
 from .replay import take
+from .shared_attention import Handover, sharing
 
 # how a model numbers tokens does not change while it lives
 _conventions: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -46,6 +47,7 @@ class WindowPass(Pass):
     """
 
     can_sweep = True
+    shared = False  # whether rows share the prompt's keys and values (shared_attention.py), or have copies
 
     window: dict[str, Any]
     cache: Cache
@@ -54,14 +56,27 @@ class WindowPass(Pass):
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         inputs = take(self.window, rows, self.batch_size)
-        logits = self._call(read_only(self.cache, rows), **inputs)
+        if self.shared:
+            handover = Handover()
+            cache = read_only(self.cache, rows, handover)
+            with sharing(self.model, handover):
+                logits = self._call(cache, **inputs)
+        else:
+            logits = self._call(read_only(self.cache, rows), **inputs)
         return log_probability(logits, self.targets[rows])
 
     def _call(self, cache: Cache, **inputs: Any) -> torch.Tensor:
         return self.model(**inputs, **self.options, past_key_values=cache, use_cache=True).logits
 
     def floats_per_row(self) -> int:
-        return 3 * self.targets[0].numel() * vocabulary(self.model) + floats_per_row(self.cache)
+        logits = 3 * self.targets[0].numel() * vocabulary(self.model)
+        if not self.shared:
+            return logits + floats_per_row(self.cache)
+        # of the prompt, a row has only the attention's scores
+        config: Any = self.model.config
+        heads = int(getattr(config.get_text_config(), "num_attention_heads", None) or 16)
+        width = max(mask.shape[1] for mask in self.positions.values())
+        return logits + 2 * heads * width * keys_per_row(self.cache)
 
 
 class CausalWindow(WindowPass):
