@@ -44,7 +44,7 @@ test-slow: env ## the slow tests only (they load SmolLM2)
 demo: env ## four tasks in sequence on SmolLM2-135M; DEMO_ARGS="--data FOLDER --model NAME" changes what runs
 	$(PY) examples/quickstart.py --out runs/demo $(DEMO_ARGS)
 
-speed: env ## the benchmark: attribution against Captum, a training step against stock PEFT
+speed: env ## the benchmark, hours for all lines; SPEED_ARGS="--only step" for some, "--device cuda" for a GPU
 	$(PY) examples/speed/benchmark.py $(SPEED_ARGS)
 
 clean: ## remove caches and build artefacts (keeps .venv and runs/)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .answer import MAX_ANSWER_TOKENS
 from .integrated_gradients import integrated_gradients
 from .neurons import NeuronLayer, find_neurons, unwrap
-from .similarity import average_ranks, similarity
+from .similarity import Prepared, average_ranks, prepare, similarity, similarity_matrix
 from .vector import AttributionVector, Layout
 from .window import FastWayUnsupported
 
@@ -18,9 +18,12 @@ __all__ = [
     "FastWayUnsupported",
     "Layout",
     "NeuronLayer",
+    "Prepared",
     "average_ranks",
     "find_neurons",
     "integrated_gradients",
+    "prepare",
     "similarity",
+    "similarity_matrix",
     "unwrap",
 ]

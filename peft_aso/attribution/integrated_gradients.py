@@ -173,7 +173,7 @@ def _make_fast(model: nn.Module, inputs: Inputs, answer: Answer, stack: str, ext
     elif answer.kind == "seq2seq" and stack == "decoder":
         run = DecoderWindow(model, inputs, answer)
     else:  # an encoder sees everything at once: the whole batch is run, from the scaled block upwards
-        return PlainPass(model, inputs, answer)
+        return PlainPass(model, inputs, answer, lean=True)
     run.shared = not copies_prompts(model)
     return run
 

@@ -8,6 +8,8 @@ the answer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,10 +49,16 @@ class PlainPass(Pass):
     Args:
         whole: run what comes after the blocks (the head) at every position too, not only where logits are
             needed: for neurons that are there.
+        lean: compute logits at labelled columns only, also where the model has no option for it.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], answer: Answer, whole: bool = False
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        answer: Answer,
+        whole: bool = False,
+        lean: bool = False,
     ) -> None:
         self.model, self.inputs, self.positions = model, inputs, answer.positions
         self.batch_size = len(answer.targets)
@@ -59,11 +67,30 @@ class PlainPass(Pass):
             self.targets, self.options = keep_labelled(model, answer.targets, self.options)
         if "use_cache" in forward_parameters(model):
             self.options["use_cache"] = False
+        self.columns: torch.Tensor | None = None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if lean and head is not None and answer.kind == "token" and "logits_to_keep" not in self.options:
+            self.columns = (self.targets != IGNORE).any(0).nonzero()[:, 0]
+            self.targets = self.targets[:, self.columns]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         inputs = take(self.inputs, rows, self.batch_size)
-        logits = self.model(**inputs, **self.options).logits
+        with self._head_at_columns():
+            logits = self.model(**inputs, **self.options).logits
         return log_probability(logits, self.targets[rows])
+
+    @contextmanager
+    def _head_at_columns(self) -> Iterator[None]:
+        """The head works on each position by itself: let it see those of `columns` only."""
+        if self.columns is None:
+            yield
+            return
+        columns, head = self.columns, self.model.get_output_embeddings()  # type: ignore[operator]
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, columns], *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def floats_per_row(self) -> int:
         return 3 * self.targets[0].numel() * vocabulary(self.model)

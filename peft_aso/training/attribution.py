@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from ..attribution import MAX_ANSWER_TOKENS, AttributionVector, integrated_gradients
+from ..tuner import ASOLoraModel
 from ..tuner.persistence import tuner_of
 
 
@@ -63,14 +64,21 @@ def compute_attribution(
 
 def looking_at(model: nn.Module, adapter: str | None, alone: bool) -> AbstractContextManager[None]:
     """A context in which the model is the one of `adapter`: with its history, or alone (Eq. 2)."""
+    tuner = tuner_of(model)
     if adapter is None:
         if alone:
             raise ValueError("alone=True needs to know which adapter: give adapter=<name>.")
-        return nullcontext()
-    tuner = tuner_of(model)
+        return nullcontext() if tuner is None else tuner.as_one()
     if tuner is None:
         raise ValueError(
             f"adapter={adapter!r} needs a model with ASO-LoRA adapters (get_peft_model(base, ASOLoraConfig(...))), "
             f"and this is a {type(model).__name__}. Leave adapter out to look at the model as it stands."
         )
-    return tuner.only(adapter) if alone else tuner.through(adapter)
+    return _as_one(tuner, tuner.only(adapter) if alone else tuner.through(adapter))
+
+
+@contextmanager
+def _as_one(tuner: ASOLoraModel, looking: AbstractContextManager[None]) -> Iterator[None]:
+    """`looking`, with each module's adapters in one matrix: the model is run hundreds of times and not trained."""
+    with looking, tuner.as_one():
+        yield

@@ -1,7 +1,8 @@
 """From attribution to the soft coefficients: w (Eq. 13) and psi = 1 - w (Eq. 6).
 
 `update_coefficients` does it for the Trainer and for hand-written loops alike. The history's vectors on the current
-task's data cannot change while the task trains: they are computed once and kept.
+task's data cannot change while the task trains: they are computed, ranked and centred once and kept, so that a refresh
+ranks the current task's vectors only.
 """
 
 from __future__ import annotations
@@ -16,17 +17,35 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..attribution import AttributionVector, similarity
+from ..attribution import AttributionVector, Layout, Prepared, prepare, similarity
 from ..tuner import ASOLoraModel
 from ..tuner.config import AttributionConfig
+from ..tuner.kept import tensor_state
 from ..tuner.layer import adapters_in, fingerprint
 from ..tuner.persistence import tuner_of
 from .attribution import compute_attribution
 
 Batches = Sequence[Mapping[str, Any]]
 
-# tuner -> (what the vectors depend on, adapter -> vector): the history's vectors on the current task's probe
-_history_vectors: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, AttributionVector]]]
+
+@dataclass
+class Comparable:
+    """Attribution vectors of one model, ranked or centred once, so that each comparison with them is a product.
+
+    Attributes:
+        parts: what `prepare` made of all neurons, or of each layer's (`granularity="layer"`); rows `(examples, size)`
+            with `aggregation="per_example"`, else `(size,)`, float32.
+        layout: the neurons; None for a stored vector, which is known by its length alone.
+        neurons: how many there are.
+    """
+
+    parts: list[Prepared]
+    layout: Layout | None
+    neurons: int
+
+
+# tuner -> (what the vectors depend on, adapter -> vectors): the history's, on the current task's probe or as stored
+_history_vectors: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Comparable]]]
 _history_vectors = weakref.WeakKeyDictionary()
 
 
@@ -76,13 +95,16 @@ def update_coefficients(
     batches = list(batches)
     if not batches:
         raise ValueError("The probe is empty: give at least one batch of the current task's training data.")
-    history = (
-        stored_vectors(tuner)
-        if settings.source == "stored"
-        else history_vectors(model, tuner, batches, progress)
-    )
-    current = attribute(model, tuner, tuner.current_task, batches, progress)
-    w = {name: compare(history[name], current, settings) for name in tuner.history}
+    stored = settings.source == "stored"
+    if stored:
+        require_stored(tuner)
+        current = attribute(model, tuner, tuner.current_task, batches, progress)
+        history = stored_vectors(tuner, current)
+    else:
+        history = history_vectors(model, tuner, batches, progress)
+        current = attribute(model, tuner, tuner.current_task, batches, progress)
+    new = comparable(current, settings, per_example=not stored)
+    w = {name: compare(history[name], new, settings) for name in tuner.history}
     psi = {name: 1 - value for name, value in w.items()}
     if settings.clip:
         psi = {name: value.clamp(0, 1) for name, value in psi.items()}
@@ -139,16 +161,21 @@ def attribute(
 
 def history_vectors(
     model: nn.Module, tuner: ASOLoraModel, batches: Batches, progress: bool = False
-) -> dict[str, AttributionVector]:
-    """The vectors of each earlier task's model on the current task's probe, computed once a task and kept."""
+) -> dict[str, Comparable]:
+    """The vectors of each earlier task's model on the current task's probe, computed and ranked once a task and kept.
+
+    The ranks take the place of the vectors: float32 `(examples, N)` for each task, or `(N,)` for means.
+    """
     config = tuner.peft_config[tuner.current_task]
-    weights = tuple(
-        fingerprint(layer, adapters_in(layer, tuner.history)) for layer in tuner.lora_layers().values()
-    )
+    weights = tuple(fingerprint(layer, adapters_in(layer, tuner.history)) for layer in tuner.lora_layers().values())
     key = (tuner.history, config.attribution_model, repr(config.attribution), digest(batches), weights)
     held = _history_vectors.get(tuner)
     if held is None or held[0] != key:
-        vectors = {name: attribute(model, tuner, name, batches, progress) for name in tuner.history}
+        _history_vectors.pop(tuner, None)  # the old ones are gone before there are new ones
+        vectors = {
+            name: comparable(attribute(model, tuner, name, batches, progress), config.attribution)
+            for name in tuner.history
+        }
         held = _history_vectors[tuner] = (key, vectors)
     return held[1]
 
@@ -162,68 +189,101 @@ def digest(batches: Batches) -> str:
             if isinstance(value, torch.Tensor):
                 array = value.detach().cpu().contiguous()
                 hasher.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
-                hasher.update(
-                    array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode()
-                )
+                hasher.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
     return hasher.hexdigest()
 
 
-def stored_vectors(tuner: ASOLoraModel) -> dict[str, torch.Tensor]:
-    """The vectors that travel with the history's adapters, `(N,)` each.
-
-    Raises:
-        ValueError: an adapter has none (a stock LoRA adapter taken in as history, say).
-    """
+def require_stored(tuner: ASOLoraModel) -> None:
+    """Raise ValueError unless each task of the history has a stored vector (a stock LoRA adapter has none, say)."""
     for name in tuner.history:
         if name not in tuner.attribution:
             raise ValueError(
                 f"source='stored' needs an attribution vector with each earlier task, and {name!r} has none: it was "
                 "not trained with ASOTrainer. Use AttributionConfig(source='current')."
             )
-    return {name: tuner.attribution[name] for name in tuner.history}
 
 
-def compare(
-    old: AttributionVector | torch.Tensor, new: AttributionVector, settings: AttributionConfig
-) -> torch.Tensor:
-    """w of Eq. 13 between an earlier task and the current one.
+def stored_vectors(tuner: ASOLoraModel, current: AttributionVector) -> dict[str, Comparable]:
+    """The vectors that travel with the history's adapters, ranked once and kept until one of them changes.
+
+    Raises:
+        ValueError: one of them has not the neurons of `current`.
+    """
+    layout, device = current.layout, current.values.device
+    settings = tuner.peft_config[tuner.current_task].attribution
+    vectors = {name: tuner.attribution[name] for name in tuner.history}
+    for vector in vectors.values():
+        _check_count(vector.shape[-1], layout[-1][2])
+    states = [tensor_state(vector) for vector in vectors.values()]
+    key = (tuner.history, "stored", repr(settings), layout, device, states)
+    held = _history_vectors.get(tuner)
+    if held is None or held[0] != key:
+        found = {
+            name: Comparable(_parts(vector.to(device), layout, settings), None, vector.shape[-1])
+            for name, vector in vectors.items()
+        }
+        held = _history_vectors[tuner] = (key, found)
+    return held[1]
+
+
+def comparable(vector: AttributionVector, settings: AttributionConfig, per_example: bool = True) -> Comparable:
+    """Rank or centre the vectors as the settings say.
 
     Args:
-        old: the earlier task's vectors on the same examples, or its stored mean vector `(N,)`.
-        new: the current task's vectors.
+        per_example: False where the other side is one mean vector (a stored one): this side is then, too, whatever
+            the settings' `aggregation`.
+    """
+    each = per_example and settings.aggregation == "per_example"
+    values = vector.values if each else vector.mean_vector()
+    return Comparable(_parts(values, vector.layout, settings), vector.layout, values.shape[-1])
+
+
+def _parts(values: torch.Tensor, layout: Layout, settings: AttributionConfig) -> list[Prepared]:
+    """`(..., N)` prepared as a whole, or layer by layer. Kept in float32, which moves w by less than 2e-7."""
+    if settings.absolute:
+        values = values.abs()
+    whole = settings.granularity == "task"
+    slices = [slice(None)] if whole else [slice(start, stop) for _, start, stop in layout]
+    return [prepare(values[..., part], settings.similarity, torch.float32, "values") for part in slices]
+
+
+def compare(old: Comparable, new: Comparable, settings: AttributionConfig) -> torch.Tensor:
+    """w of Eq. 13 between an earlier task and the current one: a product, as both are ranked already.
+
+    Args:
+        old: the earlier task's vectors on the same examples, or its stored mean vector.
+        new: the current task's vectors, prepared with the same settings.
 
     Returns:
-        A float32 scalar, or `(L,)` with one w for each layer.
+        A float32 scalar, or `(L,)` with one w for each layer; the mean over the examples where there are several.
 
     Raises:
         ValueError: the two have another layout.
     """
-    if isinstance(old, AttributionVector):
-        new.check_layout(old)
-    elif old.shape[-1] != new.layout[-1][2]:
+    if old.layout is not None and old.layout != new.layout:
         raise ValueError(
-            f"The stored attribution vector of an earlier task has {old.shape[-1]} neurons, this model "
-            f"{new.layout[-1][2]}: it was computed with other `neurons`/`stacks`, or for another base model. Use the "
-            "same settings, or AttributionConfig(source='current')."
+            f"The vectors of an earlier task cover {_covered(old)}, those of the current one {_covered(new)}: the "
+            "model or its layers have changed under way. Start over with a new model object."
         )
-    per_example = settings.aggregation == "per_example" and isinstance(old, AttributionVector)
-    a: torch.Tensor
-    b: torch.Tensor
-    if isinstance(old, AttributionVector):
-        a, b = (old.values, new.values) if per_example else (old.mean_vector(), new.mean_vector())
-    else:
-        a, b = old, new.mean_vector()
-    a = a.to(b.device)
-    if settings.absolute:
-        a, b = a.abs(), b.abs()
-    if settings.granularity == "task":
-        w = similarity(a, b, settings.similarity)
-    else:
-        slices = new.slices().values()
-        w = torch.stack(
-            [similarity(a[..., part], b[..., part], settings.similarity) for part in slices], dim=-1
+    _check_count(old.neurons, new.neurons)
+    w = [similarity(a, b, settings.similarity) for a, b in zip(old.parts, new.parts, strict=True)]
+    found = w[0] if settings.granularity == "task" else torch.stack(w, dim=-1)
+    per_example = new.parts[0].rows.dim() > 1
+    return (found.mean(0) if per_example else found).float().cpu()
+
+
+def _covered(vectors: Comparable) -> str:
+    layout = vectors.layout or []
+    return f"{vectors.neurons} neurons in {len(layout)} layers ({', '.join(name for name, _, _ in layout[:2])}, ...)"
+
+
+def _check_count(stored: int, current: int) -> None:
+    if stored != current:
+        raise ValueError(
+            f"The stored attribution vector of an earlier task has {stored} neurons, this model {current}: it was "
+            "computed with other `neurons`/`stacks`, or for another base model. Use the same settings, or "
+            "AttributionConfig(source='current')."
         )
-    return (w.mean(0) if per_example else w).float().cpu()
 
 
 def layers_of_modules(tuner: ASOLoraModel, config: Any) -> dict[str, int] | None:

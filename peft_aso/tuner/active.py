@@ -12,10 +12,14 @@ from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .history import TaskHistory
+from .forms import fold_obstacle
+from .history import HistoryError, TaskHistory
+from .layer import modules_outside
+from .linear import HistoryLinear, clear_forms
 
 
 class ActiveTask(LoraModel):
@@ -36,12 +40,12 @@ class ActiveTask(LoraModel):
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Module name (as in the base model) -> LoRA layer, in the model's order."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        return {name: module for name, module in modules_outside(self.model) if isinstance(module, LoraLayer)}
 
     def _wrappers(self) -> list[Any]:
         """The modules that have an active adapter of their own: LoRA layers, copied heads."""
         kinds = (LoraLayer, AuxiliaryTrainingWrapper)
-        return [module for module in self.model.modules() if isinstance(module, kinds)]
+        return [module for _, module in modules_outside(self.model) if isinstance(module, kinds)]
 
     def _freeze_history(self) -> None:
         frozen = list(self.tasks.frozen)
@@ -53,8 +57,34 @@ class ActiveTask(LoraModel):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate a task on top of its history. Only the task trains, and only if nothing is built on it."""
+        self.tasks.refresh(self.peft_config)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._refuse_unfoldable(names)
+        if names != self.active_adapters:
+            self._clear_forms()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._freeze_history()
+
+    def _refuse_unfoldable(self, adapter_names: Sequence[str]) -> None:
+        """Refuse `history_form="folded"` where not one of the modules can be folded."""
+        for name in adapter_names:
+            if self.tasks.forms.get(name) != "folded" or not self.tasks.histories[name]:
+                continue
+            obstacles = {
+                f"{module}: {fold_obstacle(layer) if isinstance(layer, HistoryLinear) else 'no plain linear layer'}"
+                for module, layer in self.lora_layers().items()
+                if not isinstance(layer, HistoryLinear) or fold_obstacle(layer) is not None
+            }
+            if obstacles and len(obstacles) == len(self.lora_layers()):
+                raise HistoryError(
+                    f"The history of {name!r} cannot be folded into this model ({min(obstacles)}). Set "
+                    f'model.peft_config[{name!r}].history_form = "auto", which takes another form here.'
+                )
+
+    def _clear_forms(self) -> None:
+        """Free what the layers keep of the history: another task is active, or the base weights change."""
+        for layer in self.lora_layers().values():
+            clear_forms(layer)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As PEFT's; the history stays frozen whatever is asked for."""
@@ -118,6 +148,25 @@ class ActiveTask(LoraModel):
             for module, value in held:
                 module._active_adapter = value
 
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Inside the context, and in evaluation mode, each module runs as one product: base weight, history and
+        active adapter in one matrix.
+
+        For looking at a model many times without training it. No gradient reaches the adapter's weights inside;
+        gradients to activations are as ever. Modules where one matrix is not the same sum in float32 (half precision,
+        quantized weights, embeddings, DoRA) run as usual. `only` and `through` work inside and around. The matrices
+        are freed at the end.
+        """
+        was_as_one, self.tasks.as_one = self.tasks.as_one, True
+        try:
+            yield
+        finally:
+            self.tasks.as_one = was_as_one
+            if not was_as_one:
+                for layer in self.lora_layers().values():
+                    layer.whole_cache.clear()
+
     def _check_names(self, adapter_names: Sequence[str]) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
@@ -164,8 +213,21 @@ class ActiveTask(LoraModel):
             ValueError: an unknown adapter.
             MissingHistoryError: a task of the history is not loaded.
         """
+        self._clear_forms()
         with self._history_active(adapter_names):
-            super().merge_adapter(adapter_names=None, safe_merge=safe_merge)
+            modules = [module for _, module in modules_outside(self.model)]
+            if any("_hf_hook" in module.__dict__ for module in modules):
+                super().merge_adapter(adapter_names=None, safe_merge=safe_merge)
+                return
+            self._check_merge_allowed()  # the same without looking for offloaded weights in each adapter
+            for module in modules:
+                if isinstance(module, BaseTunerLayer):
+                    module.merge(adapter_names=None, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters out of the base weights again."""
+        self._clear_forms()
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,

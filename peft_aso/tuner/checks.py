@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,15 +44,25 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     Raises:
         ValueError: the name is empty, has a dot, or equals a part of a module or parameter name.
     """
-    parts = set(_PEFT_PARTS)
-    for keys in (model.named_modules(), model.named_parameters(), model.named_buffers()):
-        parts.update(part for key, _ in keys if "lora_" not in key for part in key.split("."))
-    if not name or "." in name or "/" in name or name in parts:
+    if not is_free(name, name_parts(model)):
         raise ValueError(
             f"An adapter cannot be called {name!r}: the name is empty, has a dot or a slash, or is a part of "
             "the model's own parameter names, and PEFT finds an adapter's weights by its name. Choose "
             f"another name, such as {'task-' + name.replace('.', '-').replace('/', '-')!r}."
         )
+
+
+def name_parts(model: nn.Module) -> set[str]:
+    """The parts of the model's own names and of PEFT's, which no adapter may be called."""
+    parts = set(_PEFT_PARTS)
+    for keys in (model.named_modules(), model.named_parameters(), model.named_buffers()):
+        parts.update(part for key, _ in keys if "lora_" not in key for part in key.split("."))
+    return parts
+
+
+def is_free(name: str, parts: Container[str]) -> bool:
+    """Whether an adapter may have this name in a model with these `name_parts`."""
+    return bool(name) and "." not in name and "/" not in name and name not in parts
 
 
 def changes_base(config: Any) -> bool:
@@ -126,15 +137,40 @@ def check_weights(state_dict: Mapping[str, Any], model: nn.Module, adapter: str,
     Raises:
         ValueError: names the tensor and what is wrong with it.
     """
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
     for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if isinstance(value, torch.Tensor) and not is_finite(value):
             raise ValueError(
                 f"The weights of adapter {adapter!r} hold NaN or Inf ({key}). The file is damaged or the "
                 "training diverged; nothing was loaded. Use an earlier checkpoint."
             )
+    check_tensors(state_dict, {key: value.shape for key, value in model.state_dict().items()}, adapter, complete)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True if a tensor of any shape and dtype holds neither NaN nor Inf."""
+    if not tensor.is_floating_point():
+        return True
+    values = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no arithmetic
+    # NaN and Inf stay in every sum: one pass, without a copy. A sum of finite values can overflow; then look closely
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
+
+
+def check_tensors(
+    state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size], adapter: str, complete: bool = False
+) -> None:
+    """Check the names and shapes of weights that are about to be loaded, as `check_weights` does.
+
+    Args:
+        state_dict: with the model's own keys (the adapter's name in them).
+        shapes: model key -> shape; of the whole model, or of this adapter alone.
+        complete: whether all weights of the adapter have to be there.
+
+    Raises:
+        ValueError: names the tensor and what is wrong with it.
+    """
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            continue
         found = shapes.get(key)
         if (found is not None and found != value.shape) or (found is None and ".lora_" in key):
             here = "is not in it" if found is None else f"has shape {tuple(found)} in it"
@@ -143,7 +179,7 @@ def check_weights(state_dict: Mapping[str, Any], model: nn.Module, adapter: str,
                 f"the file, {here}. It was made for another base model, or its adapter_config.json does not "
                 "belong to its weights."
             )
-    own = (f".lora_{part}.{adapter}" for part in ("A", "B", "embedding_A", "embedding_B"))
+    own = [f".lora_{part}.{adapter}" for part in ("A", "B", "embedding_A", "embedding_B")]
     lacking = [key for part in own for key in shapes if part + "." in key or key.endswith(part)]
     lacking = [key for key in lacking if key not in state_dict]
     if complete and lacking:

@@ -145,6 +145,15 @@ class ASOLoraConfig(LoraConfig):
         forward_history (`str`):
             Whether the frozen history takes part in the forward pass *while this task trains*: `"stacked"`
             (yes) or `"isolated"` (no). For evaluation and merging it always does (Eq. 3).
+        history_form (`str`):
+            How the frozen history is computed while this task is active. `"stacked"`: one pair of matrices a
+            module, all earlier adapters in a row. `"dense"`: one matrix of the base weight's size. `"folded"`: the
+            module runs with base weight + history in place of its base weight, which costs no time at all and, as the
+            base weight itself stays as it is, a second matrix of its size. `"auto"`: folded in float32 and float64;
+            stacked or dense, whichever is smaller, where folding would round the history to half precision (a
+            bfloat16 or float16 base, or autocast) and where it is impossible (quantized or offloaded weights,
+            embeddings). Convolutions run one adapter after another. `"folded"` also folds where it rounds, and is
+            refused if no module of the model can be folded.
         penalty (`str`):
             `"squared"` (Eq. 7) or `"l1"` (sum of absolute values, as O-LoRA).
         penalty_weight (`float`, *optional*):
@@ -169,6 +178,7 @@ class ASOLoraConfig(LoraConfig):
     task_name: str | None = None
     history: list[str] | None = None
     forward_history: Literal["stacked", "isolated"] = "stacked"
+    history_form: Literal["auto", "stacked", "dense", "folded"] = "auto"
     penalty: Literal["squared", "l1"] = "squared"
     penalty_weight: float | None = None
     l2_weight: float = 0.0
@@ -185,6 +195,7 @@ class ASOLoraConfig(LoraConfig):
         self.peft_type = PeftType(PEFT_TYPE_NAME)
         self.attribution = _attribution_config(self.attribution)
         _check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
+        _check_choice("history_form", self.history_form, ("auto", "stacked", "dense", "folded"))
         _check_choice("penalty", self.penalty, tuple(DEFAULT_PENALTY_WEIGHT))
         if self.task_name is not None and (not isinstance(self.task_name, str) or not self.task_name):
             raise TypeError(f"task_name={self.task_name!r}: give the task's name, or None for the adapter's.")

@@ -7,7 +7,7 @@ are missing, and refuses what cannot be: a name that does not exist, a task that
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -32,8 +32,12 @@ class TaskHistory:
             Adapters that are in some adapter's history: they never train.
         isolated (`frozenset[str]`):
             Adapters whose history is left out of the forward pass while they train.
+        forms (`dict[str, str]`):
+            Adapter -> the form in which its history is computed (`history_form` of its config).
         alone (`bool`):
             True inside `ASOLoraModel.only`: adapters run without their history.
+        as_one (`bool`):
+            True inside `ASOLoraModel.as_one`: adapters run folded into the base weights, together with their history.
     """
 
     def __init__(self) -> None:
@@ -41,7 +45,10 @@ class TaskHistory:
         self.missing: dict[str, tuple[str, ...]] = {}
         self.frozen: frozenset[str] = frozenset()
         self.isolated: frozenset[str] = frozenset()
+        self.forms: dict[str, str] = {}
         self.alone = False
+        self.as_one = False
+        self._resolved: dict[tuple[tuple[str, ...], bool, bool], tuple[str, ...]] = {}
 
     def refresh(self, configs: Mapping[str, Any]) -> None:
         """Resolve all names anew; called after an adapter came or went."""
@@ -60,6 +67,8 @@ class TaskHistory:
                 self.missing[adapter] = lacking
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
         self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
+        self.forms = {name: config.history_form for name, config in configs.items()}
+        self._resolved = {}
 
     def dependents(self, adapter: str) -> list[str]:
         """The adapters that have `adapter` in their history."""
@@ -77,6 +86,25 @@ class TaskHistory:
                     "once with peft_aso.load_chain. To run the adapter by itself (Eq. 2), use "
                     f"`with model.base_model.only({adapter!r}):`."
                 )
+
+    def in_forward(self, active: tuple[str, ...], training: bool) -> tuple[str, ...]:
+        """`resolve`, looked up: each layer asks in each forward pass."""
+        key = (active, training, self.alone)
+        names = self._resolved.get(key)
+        if names is None:
+            names = self._resolved[key] = self.resolve(active, training)
+        return names
+
+    def resolve(self, active: Sequence[str], training: bool) -> tuple[str, ...]:
+        """The frozen adapters that take part in a forward pass next to the active ones, every name once.
+
+        Raises:
+            MissingHistoryError: a part of an active adapter's history is not loaded.
+        """
+        self.require(active)
+        running = () if self.alone else [name for name in active if not (training and name in self.isolated)]
+        found = dict.fromkeys(old for name in running for old in self.histories.get(name, ()))
+        return tuple(old for old in found if old not in active)
 
     def expand(self, adapters: Iterable[str]) -> list[str]:
         """The adapters with the history of each before it, every name once; alone: just the adapters."""

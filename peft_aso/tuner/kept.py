@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, getitem, is_
 from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_version = attrgetter("_version")
+_address = torch.Tensor.data_ptr
 
 
 class Kept(Generic[T]):
@@ -20,6 +23,7 @@ class Kept(Generic[T]):
         """The value for `key`: the one that is held if the key is the same, else a new one from `make`."""
         held = self._held
         if held is None or held[0] != key:
+            self._held = held = None  # the old value is gone before there is a new one
             # tensors made in inference mode could not be used in training afterwards
             with torch.inference_mode(False), torch.no_grad():
                 held = (key, make())
@@ -45,3 +49,43 @@ def tensor_state(tensor: torch.Tensor) -> tuple[Any, ...]:
     """
     version = -1 if tensor.is_inference() else tensor._version
     return (tensor.untyped_storage(), tensor.storage_offset(), version, tensor.dtype, tuple(tensor.shape))
+
+
+class Watch:
+    """Whether tensors have stayed the same, found out in fractions of a microsecond a tensor.
+
+    Built and asked often: a layer with 99 frozen adapters asks about 198 tensors in each forward pass, so the
+    loops run inside of `map`.
+
+    Args:
+        slots: where each tensor lies, as (mapping, key), such as (module._parameters, "weight").
+        tables: where each mapping lies that has to stay equal, such as (layer.__dict__, "scaling").
+    """
+
+    def __init__(
+        self, slots: Sequence[tuple[Mapping[str, Any], str]], tables: Sequence[tuple[Mapping[str, Any], str]]
+    ) -> None:
+        self._places = [place for place, _ in slots]
+        self._names = [name for _, name in slots]
+        self._tables = [(place, name, dict(place[name])) for place, name in tables]
+        self._tensors = list(map(getitem, self._places, self._names))
+        self._blind = any(tensor.is_inference() for tensor in self._tensors)  # these have no version
+        if not self._blind:
+            self._versions = list(map(_version, self._tensors))
+            # as in tensor_state: while the storages are held, nothing else can get their addresses
+            self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+            self._addresses = list(map(_address, self._tensors))
+
+    def unchanged(self) -> bool:
+        """True if all tensors are the same objects, at the same place, not written to, and all tables equal."""
+        if self._blind or any(place[name] != content for place, name, content in self._tables):
+            return False
+        try:
+            tensors = list(map(getitem, self._places, self._names))
+        except KeyError:
+            return False
+        return (
+            all(map(is_, tensors, self._tensors))
+            and list(map(_version, tensors)) == self._versions
+            and list(map(_address, tensors)) == self._addresses
+        )

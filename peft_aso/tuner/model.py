@@ -17,7 +17,8 @@ from torch import nn
 
 from .checks import check_adapter_name, check_base_unchanged, check_chain, check_layers, check_weights
 from .history import HistoryError, TaskHistory, settle_history
-from .layer import adapters_in, attach_history, combine_biases, freeze_names, matrices_of, subspace_of
+from .layer import adapters_in, combine_biases, freeze_names, matrices_of, subspace_of
+from .linear import attach_history, with_folding
 from .orthogonality import project_out
 from .penalty import PenalisedTask
 from .persistence import ATTRIBUTION_KEY, check_attribution, tuner_of, with_attribution
@@ -91,6 +92,10 @@ class ASOLoraModel(PenalisedTask):
                 "an error.",
                 stacklevel=3,
             )
+
+    @staticmethod
+    def _create_new_module(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        return with_folding(PenalisedTask._create_new_module(config, adapter_name, target, **kwargs))
 
     def _check_addition(self, adapter_name: str, model: nn.Module) -> None:
         """Everything that can be refused before the model is touched."""

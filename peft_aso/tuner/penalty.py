@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,48 @@ from torch import nn
 
 from .active import ActiveTask
 from .history import HistoryError, adapter_of, holder_of, task_name_of
-from .kept import Kept
-from .layer import adapters_in, fingerprint, matrices_of, subspace_of
+from .kept import Watch
+from .layer import adapters_in, matrices_of, subspace_of
 from .orthogonality import FrozenGroup, group_history, norm_penalty, orthogonality_penalty
 from .psi import CoefficientStore
+
+
+@dataclass
+class _Prepared:
+    """What the penalty of one task is computed from, as long as the chain and the history's weights stay the same.
+
+    Attributes:
+        task: the current task.
+        histories: the resolved histories at the time; a new mapping takes their place whenever adapters come or go.
+        layers: the LoRA layers that the task has weights in, by module name.
+        places: shape and device of the task's A in each of them.
+        watch: over the history's A in them.
+        groups: the history's rows.
+    """
+
+    task: str
+    histories: Mapping[str, tuple[str, ...]]
+    layers: dict[str, LoraLayer]
+    places: list[tuple[torch.Size, torch.device]]
+    watch: Watch
+    groups: list[FrozenGroup]
+
+
+class _Holder:
+    """Holds a `_Prepared`, or nothing. Copies and pickles of it hold nothing."""
+
+    def __init__(self) -> None:
+        self.held: _Prepared | None = None
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.held = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Holder:
+        return _Holder()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Holder, ())
 
 
 class PenalisedTask(ActiveTask):
@@ -23,7 +62,7 @@ class PenalisedTask(ActiveTask):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self._coefficients = CoefficientStore()
-        self._groups: Kept[list[FrozenGroup]] = Kept()
+        self._groups = _Holder()
 
     @property
     def soft_coefficients(self) -> dict[str, Any]:
@@ -76,14 +115,16 @@ class PenalisedTask(ActiveTask):
         """
         task = self.current_task
         self.tasks.require([task])
-        layers = {name: layer for name, layer in self.lora_layers().items() if adapters_in(layer, [task])}
-        current = {name: subspace_of(layer, task) for name, layer in layers.items()}
         self._recall_coefficients()
-        psi, layer_of = self._coefficients.tensor(task, self.history, next(iter(current.values())).device)
         if not self.history:
-            return torch.zeros((), device=psi.device)
-        form = self.peft_config[task].penalty
-        return orthogonality_penalty(self._history_groups(layers, current), current, psi, form, layer_of)
+            return torch.zeros((), device=self._device_of(task))
+        prepared, current = self._prepared_for(task)
+        psi, layer_of = self._coefficients.tensor(task, self.history, next(iter(current.values())).device)
+        return orthogonality_penalty(prepared.groups, current, psi, self.peft_config[task].penalty, layer_of)
+
+    def _device_of(self, task: str) -> torch.device:
+        layers = (layer for layer in self.lora_layers().values() if adapters_in(layer, [task]))
+        return subspace_of(next(layers), task).device
 
     def check_shared_modules(self) -> None:
         """Raise `HistoryError` if a task of the history shares no module with the current task."""
@@ -102,29 +143,48 @@ class PenalisedTask(ActiveTask):
         layers = [layer for layer in self.lora_layers().values() if adapters_in(layer, [self.current_task])]
         return norm_penalty([matrix for layer in layers for matrix in matrices_of(layer, self.current_task)])
 
-    def _history_groups(
-        self, layers: Mapping[str, LoraLayer], current: Mapping[str, torch.Tensor]
-    ) -> list[FrozenGroup]:
-        """The history's rows by shape, stacked again only when an adapter of the history has changed."""
+    def _prepared_for(self, task: str) -> tuple[_Prepared, dict[str, torch.Tensor]]:
+        """The history's rows by shape and the task's own A. Prepared again only when something has changed."""
+        held = self._groups.held
+        same_chain = held is not None and held.task == task and held.histories is self.tasks.histories
+        if held is not None and same_chain and held.watch.unchanged():
+            current = {name: subspace_of(layer, task) for name, layer in held.layers.items()}
+            if [(matrix.shape, matrix.device) for matrix in current.values()] == held.places:
+                return held, current
+        self._groups.clear()
+        held = None  # the old copies are gone before there are new ones
+        # tensors made in inference mode could not be used in training afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            held = self._groups.held = self._prepare(task)
+        return held, {name: subspace_of(layer, task) for name, layer in held.layers.items()}
+
+    def _prepare(self, task: str) -> _Prepared:
+        self.check_shared_modules()
+        layers = {name: layer for name, layer in self.lora_layers().items() if adapters_in(layer, [task])}
         order = {name: index for index, name in enumerate(self.history)}
         present = {name: adapters_in(layer, order) for name, layer in layers.items()}
-        places = tuple((matrix.shape, matrix.device) for matrix in current.values())
-        key = (
-            self.history,
-            places,
-            *((name, fingerprint(layer, present[name])) for name, layer in layers.items()),
-        )
-
-        def make() -> list[FrozenGroup]:
-            self.check_shared_modules()
-            rows = {
-                name: [(order[old], subspace_of(layer, old)) for old in present[name]]
-                for name, layer in layers.items()
-            }
-            return group_history(rows, current)
-
-        return self._groups.get(key, make)
+        rows = {
+            name: [(order[old], subspace_of(layer, old)) for old in present[name]] for name, layer in layers.items()
+        }
+        current = {name: subspace_of(layer, task) for name, layer in layers.items()}
+        places = [(matrix.shape, matrix.device) for matrix in current.values()]
+        watch = _watch([(layers[name], names) for name, names in present.items()])
+        return _Prepared(task, self.tasks.histories, layers, places, watch, group_history(rows, current))
 
     def task_name(self, adapter_name: str) -> str:
         """The task that an adapter holds, as saved in its config."""
         return task_name_of(adapter_name, self.peft_config[adapter_name])
+
+
+def _watch(layers: Sequence[tuple[LoraLayer, Sequence[str]]]) -> Watch:
+    """A watch over A of the named adapters in each layer, and over which adapters the layers have."""
+    slots: list[tuple[Any, str]] = []
+    tables: list[tuple[Any, str]] = []
+    for layer, names in layers:
+        tables += [(layer.lora_A.__dict__, "_modules"), (layer.lora_embedding_A.__dict__, "_keys")]
+        for name in names:
+            if name in layer.lora_embedding_A:
+                slots.append((layer.lora_embedding_A._parameters, name))
+            else:
+                slots.append((layer.lora_A[name]._parameters, "weight"))
+    return Watch(slots, tables)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.spatial.distance import cosine
+from scipy.stats import pearsonr, spearmanr
 
-from peft_aso import AttributionConfig, compute_attribution, update_coefficients
+from peft_aso import AttributionConfig, AttributionVector, compute_attribution, update_coefficients
 from peft_aso.training.coefficients import store_attribution
 from tests.tiny_models import tiny, tiny_batch
 from tests.training.tools import TinyTask, chain, randomize
@@ -50,9 +51,7 @@ def test_task_models_are_compared_alone() -> None:
         old = torch.cat([compute_attribution(model, batch, steps=3).values for batch in batches])
     with model.base_model.only("new"):
         new = torch.cat([compute_attribution(model, batch, steps=3).values for batch in batches])
-    expected = sum(spearmanr(o, n).statistic for o, n in zip(old.numpy(), new.numpy(), strict=True)) / len(
-        old
-    )
+    expected = sum(spearmanr(o, n).statistic for o, n in zip(old.numpy(), new.numpy(), strict=True)) / len(old)
     assert result.similarities["one"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -62,9 +61,7 @@ def test_mean_vectors_absolute_scores_pearson() -> None:
     result = update_coefficients(model, batches)
     means = []
     for task in ("one", "new"):
-        scores = [
-            compute_attribution(model, batch, adapter=task, steps=3).scores.double() for batch in batches
-        ]
+        scores = [compute_attribution(model, batch, adapter=task, steps=3).scores.double() for batch in batches]
         means.append(torch.cat(scores).mean(0).abs())
     expected = torch.corrcoef(torch.stack(means))[0, 1].item()
     assert result.similarities["one"] == pytest.approx(expected, abs=1e-5)
@@ -148,7 +145,82 @@ def test_history_vectors_follow_the_probe_and_the_weights() -> None:
     other = module.history_vectors(model, tuner, probe(model, seed=5))
     assert other is not first
     randomize(model, "one", seed=77)
-    assert not torch.equal(module.history_vectors(model, tuner, batches)["one"].values, first["one"].values)
+    changed = module.history_vectors(model, tuner, batches)["one"].parts[0].rows
+    assert not torch.equal(changed, first["one"].parts[0].rows)
+
+
+SETTINGS = [
+    {"aggregation": aggregation, "granularity": granularity, "similarity": method, "absolute": absolute}
+    for aggregation in ("per_example", "mean")
+    for granularity in ("task", "layer")
+    for method, absolute in (("spearman", False), ("pearson", True), ("cosine", False))
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_prepared_vectors_give_the_plain_similarities(settings, fresh_seed) -> None:
+    """Kept in float32 and compared by products, against each pair compared from scratch in float64."""
+    import peft_aso.training.coefficients as module
+
+    chosen = quick(**settings)
+    layout = [("h.0", 0, 400), ("h.1", 400, 1100)]
+    old, new = (
+        AttributionVector(torch.randn(5, 1100).mul(3).round() + noise, torch.randn(5), torch.randn(5), layout)
+        for noise in (0, torch.randn(5, 1100) * (torch.rand(5, 1) < 0.5))  # some rows with ties, some without
+    )
+    found = module.compare(module.comparable(old, chosen), module.comparable(new, chosen), chosen)
+    vectors = [v.values if chosen.aggregation == "per_example" else v.mean_vector()[None] for v in (old, new)]
+    a, b = ((v.abs() if chosen.absolute else v).double().numpy() for v in vectors)
+    plain = {
+        "spearman": lambda x, y: spearmanr(x, y).statistic,
+        "pearson": lambda x, y: pearsonr(x, y).statistic,
+        "cosine": lambda x, y: 1 - cosine(x, y),
+    }[chosen.similarity]
+    parts = [slice(0, 1100)] if chosen.granularity == "task" else [slice(0, 400), slice(400, 1100)]
+    expected = [sum(plain(x[part], y[part]) for x, y in zip(a, b, strict=True)) / len(a) for part in parts]
+    assert found.dtype == torch.float32 and found.dim() == (chosen.granularity == "layer")
+    assert found.reshape(-1).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("source", ["current", "stored"])
+def test_a_refresh_ranks_the_current_task_s_vectors_only(source: str, monkeypatch) -> None:
+    import peft_aso.training.coefficients as module
+
+    model = trained_chain(attribution=quick(source=source))
+    for task in ("one", "two"):
+        model.base_model.attribution[task] = torch.randn(
+            module.attribute(model, model.base_model, task, probe(model)).values.shape[1]
+        )
+    shapes = []
+    original = module.prepare
+    monkeypatch.setattr(module, "prepare", lambda x, *args: shapes.append(tuple(x.shape[:-1])) or original(x, *args))
+    first = update_coefficients(model, probe(model))
+    each = () if source == "stored" else (8,)
+    assert shapes == [each] * 3
+    again = update_coefficients(model, probe(model))
+    assert shapes == [each] * 4
+    assert again.similarities == first.similarities
+    with torch.no_grad():
+        model.base_model.attribution["one"].mul_(-1)
+    changed = update_coefficients(model, probe(model))
+    if source == "stored":
+        assert shapes == [each] * 7
+        assert changed.similarities["one"] == pytest.approx(-first.similarities["one"], abs=1e-6)
+    else:
+        assert shapes == [each] * 5
+
+
+def test_another_layout_is_an_error() -> None:
+    import peft_aso.training.coefficients as module
+
+    chosen = quick()
+    vectors = [
+        AttributionVector(torch.randn(2, 6), torch.zeros(2), torch.zeros(2), [("a", 0, stop), ("b", stop, 6)])
+        for stop in (2, 3)
+    ]
+    old, new = (module.comparable(vector, chosen) for vector in vectors)
+    with pytest.raises(ValueError, match="6 neurons in 2 layers.*Start over"):
+        module.compare(old, new, chosen)
 
 
 def test_a_first_task_has_no_coefficients() -> None:
@@ -168,9 +240,7 @@ def test_a_hand_written_loop() -> None:
     model = chain(tasks=("one", "two"), penalty_weight=1.0, attribution=quick())
     tuner = model.base_model
     batches = probe(model)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     seen = []
     for step in range(4):
         if step % 2 == 0:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from peft_aso.tuner import layer as layer_module
-from peft_aso.tuner.layer import adapters_in, fingerprint, matrices_of, stack, subspace_of
+from peft_aso.tuner import forms
+from peft_aso.tuner.forms import stack
+from peft_aso.tuner.layer import adapters_in, fingerprint, matrices_of, subspace_of
 from tests.tiny_models import tiny, tiny_batch
 from tests.tuner.chains import TASKS, assert_is_sum, chain, fill, logits, summed
 
@@ -44,8 +45,8 @@ def test_parts_of_a_layer():
 def test_the_stack_is_made_once(monkeypatch: pytest.MonkeyPatch):
     _, model = chain("llama")
     made: list[Any] = []
-    original = layer_module.stack
-    monkeypatch.setattr(layer_module, "stack", lambda *args: made.append(args) or original(*args))
+    original = forms.stack
+    monkeypatch.setattr(forms, "stack", lambda *args: made.append(args) or original(*args))
     count = len(model.base_model.lora_layers())
     for _ in range(3):
         logits(model)

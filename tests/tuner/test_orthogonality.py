@@ -66,11 +66,11 @@ def _layer(module: str) -> int:
     return int(module.split(".")[1])
 
 
-@given(problems(), st.sampled_from(["squared", "l1"]))
+@given(problems(), st.sampled_from(["squared", "l1"]), st.sampled_from([None, 0, 100]))
 @settings(max_examples=60)
-def test_equation_7(problem: Any, form: str):
+def test_equation_7(problem: Any, form: str, copy_bytes: int | None):
     history, current, psi, _ = problem
-    groups = group_history(history, current)
+    groups = group_history(history, current, copy_bytes)
     by_task = torch.tensor([row[0] for row in psi])
     found = orthogonality_penalty(groups, current, by_task, form)
     expected = equation_7(history, current, lambda task, _: psi[task][0], form)
@@ -82,21 +82,29 @@ def test_equation_7(problem: Any, form: str):
     assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-@given(problems())
+@given(problems(), st.sampled_from([None, 0, 100]))
 @settings(max_examples=60)
-def test_groups_hold_each_row_of_the_shared_modules_once(problem: Any):
+def test_groups_hold_each_row_of_the_shared_modules_once(problem: Any, copy_bytes: int | None):
     history, current, _, _ = problem
-    groups = group_history(history, current)
+    groups = group_history(history, current, copy_bytes)
     shared = [module for module in current if history.get(module)]
     assert sorted(module for group in groups for module in group.modules) == sorted(shared)
     for group in groups:
-        assert group.rows.dtype == torch.float32 and not group.rows.requires_grad
-        assert group.rows.shape[:2] == group.tasks.shape
         assert len({current[module].shape for module in group.modules}) == 1
         for index, module in enumerate(group.modules):
-            assert torch.equal(group.rows[index], torch.cat([rows for _, rows in history[module]]))
+            rows = torch.cat(group.parts[index]) if group.rows is None else group.rows[index]
+            assert rows.dtype == torch.float32 and not rows.requires_grad
+            assert torch.equal(rows, torch.cat([rows for _, rows in history[module]]))
             expected = [task for task, rows in history[module] for _ in range(rows.shape[0])]
-            assert group.tasks[index].tolist() == expected
+            assert group.tasks.tolist() == expected
+    copied = sum(group.rows.numel() * 4 for group in groups if group.rows is not None)
+    in_place = [part for group in groups if group.rows is None for parts in group.parts for part in parts]
+    if copy_bytes is None:
+        assert not in_place
+    else:
+        assert copied <= copy_bytes
+    owners = {rows.data_ptr() for pairs in history.values() for _, rows in pairs}
+    assert {part.data_ptr() for part in in_place} <= owners
 
 
 def test_modules_of_one_shape_are_one_group():
@@ -106,7 +114,9 @@ def test_modules_of_one_shape_are_one_group():
     }
     groups = group_history(history, current)
     assert [len(group.modules) for group in groups] == [6, 1]
-    assert groups[0].rows.shape == (6, 4, 8)
+    assert groups[0].rows is not None and groups[0].rows.shape == (6, 4, 8)
+    groups = group_history(history, current, copy_bytes=2 * 4 * 4 * 8)  # two modules of the six
+    assert [(len(group.modules), group.rows is None) for group in groups] == [(2, False), (4, True), (1, True)]
 
 
 def test_adapters_for_another_model_are_refused():
@@ -148,23 +158,133 @@ def test_the_gradient_is_the_equation_s():
     torch.testing.assert_close(current["m"].grad, expected)
 
 
+def plain(history: Rows, current: dict[str, torch.Tensor], psi: torch.Tensor, form: str, layers: dict[str, int]):
+    """Eq. 7 by autograd in float64: a loop over modules and tasks."""
+    total = torch.zeros((), dtype=torch.float64)
+    for module, matrix in current.items():
+        for task, rows in history.get(module, []):
+            coefficient = psi[task] if psi.dim() == 1 else psi[task, layers[module]]
+            weighted = coefficient.double() * (rows.double() @ matrix.double().T)
+            total = total + (weighted.square() if form == "squared" else weighted.abs()).sum()
+    return total
+
+
+def chain_of_rows(dtype: torch.dtype = torch.float32) -> tuple[Rows, dict[str, torch.Tensor], dict[str, int]]:
+    """Two sizes of input, mixed ranks, modules that some tasks or the current one lack."""
+    current, history, layers = {}, {}, {}
+    for index in range(8):
+        name, size = f"layers.{index}.proj", 24 if index % 3 else 40
+        layers[name] = index // 2
+        if index != 5:
+            rank = 3 if index == 2 else 2
+            current[name] = (torch.randn(rank, size) / size**0.5).to(dtype).requires_grad_()
+        tasks = [task for task in range(12) if (task + index) % 5 or index < 3]
+        history[name] = [(task, torch.randn(1 + task % 3, size).to(dtype)) for task in tasks if index != 6]
+    return history, current, layers
+
+
+@pytest.mark.parametrize("form", ["squared", "l1"])
+@pytest.mark.parametrize("psi_shape", [(12,), (12, 4)], ids=["task", "layer"])
+@pytest.mark.parametrize("copy_bytes", [None, 0, 6000])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_value_and_gradient_are_those_of_the_plain_formula(
+    form: str, psi_shape: tuple[int, ...], copy_bytes: int | None, autocast: bool, fresh_seed: int
+):
+    history, current, layers = chain_of_rows()
+    psi = torch.rand(psi_shape) * 2 - 0.3
+    matrices = list(current.values())
+    expected = plain(history, current, psi, form, layers)
+    gradients = torch.autograd.grad(3.5 * expected, matrices, allow_unused=True)
+    groups = group_history(history, current, copy_bytes)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = orthogonality_penalty(groups, current, psi, form, layers)
+        loss = 3.5 * found  # lambda
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for _ in range(2):  # as gradient accumulation does
+        (loss / 2).backward(retain_graph=True)
+    for matrix, gradient in zip(matrices, gradients, strict=True):
+        if gradient is None:
+            assert matrix.grad is None
+        else:
+            error = (matrix.grad - gradient).norm() / gradient.norm()
+            assert matrix.grad.dtype == matrix.dtype and error < 1e-5
+
+
+@pytest.mark.parametrize("copy_bytes", [None, 0])
+def test_nearly_orthogonal_rows_keep_their_small_values(copy_bytes: int | None, fresh_seed: int):
+    parts = [torch.randn(8, 64) for _ in range(4)]
+    matrix = project_out(torch.randn(8, 64), parts) + 1e-4 * torch.randn(8, 64)
+    history: Rows = {"m": list(enumerate(parts))}
+    current = {"m": matrix.requires_grad_()}
+    found = orthogonality_penalty(group_history(history, current, copy_bytes), current, torch.ones(4))
+    expected = plain(history, current, torch.ones(4), "squared", {})
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+    found.backward()
+    (gradient,) = torch.autograd.grad(expected, [matrix])
+    assert (matrix.grad - gradient).norm() / gradient.norm() < 1e-2
+
+
+def test_psi_and_rows_in_place_are_read_in_each_call(fresh_seed: int):
+    history, current, layers = chain_of_rows()
+    psi = torch.rand(12)
+    groups = group_history(history, current, copy_bytes=0)
+    for _ in range(2):
+        found = orthogonality_penalty(groups, current, psi)
+        assert found.item() == pytest.approx(plain(history, current, psi, "squared", layers).item(), rel=1e-5)
+        psi.mul_(0.5).add_(0.1)
+        history["layers.0.proj"][1][1].mul_(3)
+
+
+@pytest.mark.parametrize("copy_bytes", [None, 0])
+def test_no_gradient_where_none_is_asked_for(copy_bytes: int | None):
+    history, current, _ = chain_of_rows()
+    groups = group_history(history, current, copy_bytes)
+    expected = orthogonality_penalty(groups, current, torch.ones(12))
+    with torch.no_grad():
+        assert not orthogonality_penalty(groups, current, torch.ones(12)).requires_grad
+    some = {name: matrix.detach() for name, matrix in current.items()}
+    found = orthogonality_penalty(groups, some, torch.ones(12))
+    assert not found.requires_grad and torch.equal(found, expected)
+    chosen = some["layers.4.proj"].requires_grad_()
+    found = orthogonality_penalty(groups, some, torch.ones(12))
+    found.backward()
+    assert all((matrix.grad is not None) == (matrix is chosen) for matrix in some.values())
+    expected.backward()
+    torch.testing.assert_close(chosen.grad, current["layers.4.proj"].grad)
+
+
+def test_a_second_derivative_is_an_error():
+    current = {"m": torch.randn(2, 8, requires_grad=True)}
+    found = orthogonality_penalty(group_history({"m": [(0, torch.randn(2, 8))]}, current), current, torch.ones(1))
+    with pytest.raises(RuntimeError, match="no second derivative.*without create_graph"):
+        torch.autograd.grad(found, list(current.values()), create_graph=True)
+
+
 def test_float32_under_autocast():
     """Products of many small numbers: bfloat16 would lose the third digit."""
     torch.manual_seed(3)
     history: Rows = {"m": [(0, torch.randn(4, 64))]}
     current = {"m": torch.randn(4, 64, requires_grad=True)}
-    groups = group_history(history, current)
-    expected = orthogonality_penalty(groups, current, torch.ones(1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = orthogonality_penalty(groups, current, torch.ones(1))
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    for copy_bytes in (None, 0):
+        groups = group_history(history, current, copy_bytes)
+        expected = orthogonality_penalty(groups, current, torch.ones(1))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = orthogonality_penalty(groups, current, torch.ones(1))
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_half_precision_matrices_are_multiplied_in_float32():
-    current = {"m": torch.randn(2, 8).bfloat16()}
-    history: Rows = {"m": [(0, torch.randn(2, 8).half())]}
-    found = orthogonality_penalty(group_history(history, current), current, torch.ones(1))
-    assert found.item() == pytest.approx(equation_7(history, current, lambda *_: 1.0), rel=1e-5)
+    current = {"m": torch.randn(2, 8).bfloat16().requires_grad_()}
+    history: Rows = {"m": [(0, torch.randn(2, 8).half()), (1, torch.randn(1, 8))]}
+    expected = plain(history, current, torch.ones(2), "squared", {})
+    (gradient,) = torch.autograd.grad(expected, list(current.values()))
+    for copy_bytes in (None, 0):
+        current["m"].grad = None
+        found = orthogonality_penalty(group_history(history, current, copy_bytes), current, torch.ones(2))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        found.backward()
+        assert current["m"].grad.dtype == torch.bfloat16
+        torch.testing.assert_close(current["m"].grad, gradient, rtol=1e-2, atol=1e-2)
 
 
 def test_without_history_it_is_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,81 @@ def test_the_history_s_rows_are_stacked_once(monkeypatch: pytest.MonkeyPatch):
     model.set_adapter("amazon")
     model.base_model.orthogonality_penalty()
     assert len(made) == 2
+
+
+def _to_half_and_back(model: Any) -> None:
+    model.half().float()
+
+
+def _new_parameter(model: Any) -> None:
+    layer = next(iter(model.base_model.lora_layers().values()))
+    layer.lora_A["dbpedia"].weight = torch.nn.Parameter(layer.lora_A["dbpedia"].weight * 2, requires_grad=False)
+
+
+def _in_place(model: Any) -> None:
+    with torch.no_grad():
+        next(iter(model.base_model.lora_layers().values())).lora_A["amazon"].weight.mul_(-3)
+
+
+def _new_data(model: Any) -> None:
+    weight = next(iter(model.base_model.lora_layers().values())).lora_A["amazon"].weight
+    weight.data = weight.data * 3
+
+
+def _new_module(model: Any) -> None:
+    layer = next(iter(model.base_model.lora_layers().values()))
+    new = torch.nn.Linear(layer.lora_A["amazon"].in_features, 2, bias=False).requires_grad_(False)
+    layer.lora_A["amazon"] = new
+
+
+@pytest.mark.parametrize("change", [_to_half_and_back, _new_parameter, _in_place, _new_data, _new_module])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_change_of_the_history_is_noticed(
+    change: Any, copied: bool, monkeypatch: pytest.MonkeyPatch, fresh_seed: int
+):
+    from peft_aso.tuner import orthogonality
+
+    monkeypatch.setitem(orthogonality.COPY_BYTES, "cpu", 64 << 20 if copied else 0)
+    _, model = chain("llama", target_modules=["q_proj", "down_proj"])
+    fill(model, TASKS, fresh_seed)
+    before = model.base_model.orthogonality_penalty().item()
+    change(model)
+    found = model.base_model.orthogonality_penalty().item()
+    assert found != before
+    assert found == pytest.approx(by_loops(model, CURRENT, HISTORY, lambda *_: 1.0), rel=1e-4)
+
+
+def test_an_adapter_of_the_same_name_and_a_copied_model(fresh_seed: int):
+    _, model = chain("llama", target_modules=["q_proj"])
+    model.base_model.orthogonality_penalty()
+    model.delete_adapter(CURRENT)
+    model.delete_adapter("amazon")
+    for name in ("amazon", CURRENT):
+        model.add_adapter(name, config_for("llama", target_modules=["q_proj"]))
+    model.set_adapter(CURRENT)
+    fill(model, TASKS, fresh_seed)
+    expected = by_loops(model, CURRENT, HISTORY, lambda *_: 1.0)
+    assert model.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
+    twin = copy.deepcopy(model)
+    _in_place(twin)
+    expected = by_loops(twin, CURRENT, HISTORY, lambda *_: 1.0)
+    assert twin.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
+    twin.base_model.orthogonality_penalty().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_adapters_that_all_lie_in_memory_once(monkeypatch: pytest.MonkeyPatch, fresh_seed: int):
+    """Read in place: nothing of the history's size is kept."""
+    from peft_aso.tuner import orthogonality
+
+    monkeypatch.setitem(orthogonality.COPY_BYTES, "cpu", 0)
+    _, model = chain("llama")
+    expected = by_loops(model, CURRENT, HISTORY, lambda *_: 1.0)
+    assert model.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
+    own = {p.data_ptr() for p in model.parameters()}
+    groups = model.base_model._groups.held.groups
+    assert all(group.rows is None for group in groups)
+    assert all(part.data_ptr() in own for group in groups for parts in group.parts for part in parts)
 
 
 def test_it_follows_the_active_task_also_in_a_context():

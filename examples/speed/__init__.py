@@ -1,0 +1,1 @@
+"""The benchmark behind every number in docs/performance.md; `benchmark.py` is its command."""
