@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import ASOLoraConfig, ASOLoraModel
-from ..tuner.checks import chain_obstacles
+from ..tuner.bulk import SavedAdapter, add_saved, fits_bulk, takes_bulk
+from ..tuner.checks import chain_obstacles, is_free, name_parts
 from ..tuner.history import adapter_of
 from .errors import ChainError
 from .fitting import BaseView, check_fit, check_name
@@ -32,8 +34,6 @@ from .order import in_order
 from .reading import AdapterFile, check_task_name, existing_folder, find_adapters, read_adapter
 
 _BAR_FROM = 5  # adapters; fewer load before a progress bar could be read
-_PLAIN_START = ("gaussian", "orthogonal", "eva")
-_TYPES_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def load_chain(
@@ -73,8 +73,10 @@ def load_chain(
             "it), or add a single adapter to this one with load_history or model.load_adapter."
         )
     adapters, manifest = _select(source, tasks, strict)
+    taken = name_parts(base)
     for adapter in adapters:
-        check_name(adapter.name, base)
+        if not is_free(adapter.name, taken):
+            check_name(adapter.name, base)
         if len(adapters) > 1:
             _refuse_obstacles(adapter)
     _warn_of_other_bases(adapters, base)
@@ -87,10 +89,10 @@ def load_chain(
     model: Any = base
     newest = adapters[-1].name
     with _put_back_on_error(base, None, newest):
-        for adapter in tqdm(adapters, desc="Loading tasks", leave=False, disable=len(adapters) < _BAR_FROM):
+        for adapter in adapters:
             adapter.config.task_name = adapter.name
             adapter.config.inference_mode = not (trainable and adapter.name == newest)
-            model = _add(model, adapter, weights.pop(0), autocast_adapter_dtype)
+        model = _add_all(model, adapters, weights, autocast_adapter_dtype)
         model.set_adapter(newest, inference_mode=not trainable)
     return model if trainable else model.eval()
 
@@ -145,7 +147,7 @@ def load_history(
     mode = inner.training
     modes = {module: module.training for module in inner.modules()}
     with _put_back_on_error(inner, None if bare else model, adapter.name):
-        model = _add(model, adapter, weights, autocast_adapter_dtype)
+        model = _add_all(model, [adapter], [weights], autocast_adapter_dtype)
     for module in model.modules():
         module.training = modes.get(module, mode)  # new modules start in training mode
     return model
@@ -217,33 +219,56 @@ def _warn_of_other_bases(adapters: Sequence[AdapterFile], base: nn.Module) -> No
         )
 
 
-def _starts_empty(config: Any) -> bool:
-    """Whether the adapter may be made without memory and take over the loaded tensors.
+def _add_all(
+    model: Any, adapters: Sequence[AdapterFile], weights: Sequence[Mapping[str, torch.Tensor]], autocast: bool
+) -> Any:
+    """Add checked adapters, oldest first, to a bare model (which is wrapped) or to a `PeftModel`."""
+    saved = [
+        SavedAdapter(adapter.name, adapter.config, tensors) for adapter, tensors in zip(adapters, weights, strict=True)
+    ]
+    paths = {adapter.name: adapter.path for adapter in adapters}
+    bar = tqdm(total=len(saved), desc="Loading tasks", leave=False, disable=len(saved) < _BAR_FROM)
+    with bar, torch.random.fork_rng(devices=[]):  # PEFT initialises some of what is overwritten at once
+        for plain, group in groupby(saved, key=fits_bulk):
+            run = list(group)
+            if plain and not isinstance(model, PeftModel):
+                model = _wrap(model, run[0], autocast, empty=True)
+            # classes for classifiers have an add_adapter of their own, which adds a head for each adapter
+            if plain and type(model).add_adapter is PeftModel.add_adapter and takes_bulk(model.base_model):
+                add_saved(model.base_model, run, autocast=autocast, on_added=bar.update)
+                continue
+            for adapter in run:
+                model = _add(model, adapter, paths[adapter.name], autocast)
+                bar.update()
+    return model
 
-    This is PEFT's low_cpu_mem_usage.     Not where making it looks at the base weights, and not with heads,
-    which are copies of the base model's.
-    """
-    plain = isinstance(config.init_lora_weights, bool) or config.init_lora_weights in _PLAIN_START
-    return plain and not config.modules_to_save and config.task_type not in _TYPES_WITH_HEADS
+
+def _wrap(model: Any, adapter: SavedAdapter, autocast: bool, empty: bool) -> Any:
+    """A bare model with the adapter in it, without its weights; `empty`: also without memory for them."""
+    # PEFT would warn of another name here, for the first adapter only: done for all of them before
+    adapter.config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    return get_peft_model(
+        model,
+        adapter.config,
+        adapter_name=adapter.name,
+        low_cpu_mem_usage=empty,
+        autocast_adapter_dtype=autocast,
+    )
 
 
-def _add(model: Any, adapter: AdapterFile, weights: Mapping[str, torch.Tensor], autocast: bool) -> Any:
-    """Add one checked adapter to a bare model (which is wrapped) or to a `PeftModel`."""
-    config, name, empty = adapter.config, adapter.name, _starts_empty(adapter.config)
+def _add(model: Any, adapter: SavedAdapter, path: Path, autocast: bool) -> Any:
+    """Add one checked adapter to a bare model (which is wrapped) or to a `PeftModel`, as PEFT does."""
+    name = adapter.name
     if isinstance(model, PeftModel):
-        model.add_adapter(name, config, low_cpu_mem_usage=empty, autocast_adapter_dtype=autocast)
+        model.add_adapter(name, adapter.config, autocast_adapter_dtype=autocast)
     else:
-        # PEFT would warn of another name here, for the first adapter only: done for all of them before
-        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-        model = get_peft_model(
-            model, config, adapter_name=name, low_cpu_mem_usage=empty, autocast_adapter_dtype=autocast
-        )
-    result = set_peft_model_state_dict(model, dict(weights), adapter_name=name, low_cpu_mem_usage=empty)
+        model = _wrap(model, adapter, autocast, empty=False)
+    result = set_peft_model_state_dict(model, dict(adapter.weights), adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
     if missing or result.unexpected_keys:
         raise ChainError(
-            f"The adapter {name!r} ({adapter.path}) does not fit this model: the file lacks {missing[:3]} "
-            f"and has {list(result.unexpected_keys)[:3]} too many. It was made for another base model."
+            f"The adapter {name!r} ({path}) does not fit this model: the file lacks {missing[:3]} and has "
+            f"{list(result.unexpected_keys)[:3]} too many. It was made for another base model."
         )
     model.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=autocast)
     return model

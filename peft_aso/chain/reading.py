@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..tuner.checks import is_finite
 from ..tuner.config import PEFT_TYPE_NAME, ASOLoraConfig
 from .errors import ChainError
 
@@ -67,7 +68,7 @@ class AdapterFile:
         if not tensors:
             raise ChainError(f"{path} holds no tensors. The adapter was saved without its weights: save it again.")
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise ChainError(
                     f"The weights of {self.name!r} hold NaN or Inf ({name} in {path}). The file is damaged "
                     "or the training diverged; nothing was loaded. Use an earlier checkpoint."

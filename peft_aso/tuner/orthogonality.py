@@ -4,8 +4,10 @@ The rows of `lora_A.weight` span a task's subspace: with the paper's A_t = `lora
 A_t^T A_T of Eq. 4 is `lora_A[t].weight @ lora_A[T].weight.T`. Modules of one shape are handled in one batched
 product, and the value's products give the gradient as well, so that a step reads the history once.
 
-The history's rows are copied into one block a group as far as `copy_bytes` goes; what lies beyond is read where it is
-in every step, which is about half as fast and takes no memory. (A Gram matrix sum_t psi_t^2 A_t A_t^T would be
+The history's rows lie in one block a group. Float32 parameters are moved into it: afterwards they are views of the
+block, with the values that they had, so that nothing is held twice and a write through them is a write to the block.
+Others are copied as far as `copy_bytes` goes, and what lies beyond is read where it is in every step, which is about
+half as fast and takes no memory. (A Gram matrix sum_t psi_t^2 A_t A_t^T would be
 smaller and faster still where the ranks sum to more than the inputs. But it is made anew whenever psi changes, serves
 one form only, and loses the small values of nearly orthogonal rows to cancellation.)
 """
@@ -23,6 +25,8 @@ import torch
 # more than its arithmetic.
 COPY_BYTES = {"cpu": 64 << 20}
 COPY_BYTES_ELSEWHERE = 1 << 30
+# numbers of the history that go through both products while they are in a processor's cache, 2 MiB
+_CHUNK = {"cpu": 1 << 19}
 # up to so many rows in the history the product is faster with the current task's few rows on the left
 _FEW_ROWS = 400
 
@@ -50,12 +54,15 @@ def group_history(
     current: Mapping[str, torch.Tensor],
     copy_bytes: int | None = None,
 ) -> list[FrozenGroup]:
-    """Group the history's rows by shape, and copy them into blocks as far as memory is granted.
+    """Group the history's rows by shape, and bring them together in blocks.
+
+    Float32 parameters that do not train are moved: their `data` become views of the block. Other tensors are copied as
+    far as memory is granted.
 
     Args:
         history: module -> `(task, A)` pairs, A of shape `(r_t, in)`; tasks count from 0.
         current: module -> A of the current task, `(r_T, in)`.
-        copy_bytes: what all copies on one device may take together, in bytes. None: 64 MiB on the CPU, 1 GiB on each
+        copy_bytes: what all copies on one device (moved parameters are none) may take together, in bytes. None: 64 MiB on the CPU, 1 GiB on each
             accelerator.
 
     Returns:
@@ -79,9 +86,16 @@ def group_history(
             left = COPY_BYTES.get(device.type, COPY_BYTES_ELSEWHERE) if copy_bytes is None else copy_bytes
         needed = 4 * matrix.shape[1] * sum(rank for _, rank in pattern)
         copied = needed <= left
-        granted[device] = left - needed if copied else left
-        buckets[(pattern, matrix.shape, device, copied)].append(module)
+        moved = all(_movable(rows, device) for _, rows in pairs)
+        granted[device] = left - needed if copied and not moved else left
+        buckets[(pattern, matrix.shape, device, copied or moved)].append(module)
     return [_group(modules, history, *key) for key, modules in buckets.items()]
+
+
+def _movable(rows: torch.Tensor, device: torch.device) -> bool:
+    """Whether `rows` can become a view of a block: a plain parameter of its dtype that does not train."""
+    plain = type(rows) is torch.nn.Parameter and not rows.requires_grad and not rows.is_inference()
+    return plain and rows.dtype == torch.float32 and rows.device == device and rows.dim() == 2
 
 
 def _check_inputs(module: str, matrix: torch.Tensor, pairs: Sequence[tuple[int, torch.Tensor]]) -> None:
@@ -102,13 +116,17 @@ def _group(
     copied: bool,
 ) -> FrozenGroup:
     tasks = torch.tensor([task for task, rank in pattern for _ in range(rank)], device=device)
-    parts = [[rows.detach() for _, rows in history[module]] for module in modules]
+    parts = [[rows for _, rows in history[module]] for module in modules]
     rows = None
     if copied:
         rows = torch.empty(len(modules), len(tasks), shape[1], device=device)
         for block, matrices in zip(rows, parts, strict=True):
-            block.copy_(_stacked(matrices, device))
-    return FrozenGroup(modules, tasks, parts, rows)
+            places = block.split([len(matrix) for matrix in matrices])
+            for place, matrix in zip(places, matrices, strict=True):
+                place.copy_(matrix)
+                if _movable(matrix, device):
+                    matrix.data = place
+    return FrozenGroup(modules, tasks, [[matrix.detach() for matrix in matrices] for matrices in parts], rows)
 
 
 def _stacked(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -208,13 +226,16 @@ def _value_and_gradient(
     group: FrozenGroup, matrices: torch.Tensor, weight: torch.Tensor, form: str, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A group's part of the penalty, and its gradient in `matrices` `(M, r_T, in)`; zeros if not wanted."""
-    if group.rows is not None:
-        return _block(group.rows, matrices, weight, form, wanted)
     weights = weight.expand(len(matrices), -1, -1)
-    parts = [
-        _block(_stacked(rows, matrix.device)[None], matrix[None], own_weight[None], form, wanted)
-        for rows, matrix, own_weight in zip(group.parts, matrices, weights, strict=True)
-    ]
+    if group.rows is None:
+        parts = [
+            _block(_stacked(rows, matrix.device)[None], matrix[None], own_weight[None], form, wanted)
+            for rows, matrix, own_weight in zip(group.parts, matrices, weights, strict=True)
+        ]
+    else:
+        size = max(1, _CHUNK.get(matrices.device.type, group.rows.numel()) // group.rows[0].numel())
+        chunks = zip(group.rows.split(size), matrices.split(size), weights.split(size), strict=True)
+        parts = [_block(*chunk, form, wanted) for chunk in chunks]
     return torch.stack([value for value, _ in parts]).sum(), torch.cat([gradient for _, gradient in parts])
 
 

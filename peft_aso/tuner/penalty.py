@@ -168,8 +168,9 @@ class PenalisedTask(ActiveTask):
         }
         current = {name: subspace_of(layer, task) for name, layer in layers.items()}
         places = [(matrix.shape, matrix.device) for matrix in current.values()]
+        groups = group_history(rows, current)  # moves the rows: the watch comes after it
         watch = _watch([(layers[name], names) for name, names in present.items()])
-        return _Prepared(task, self.tasks.histories, layers, places, watch, group_history(rows, current))
+        return _Prepared(task, self.tasks.histories, layers, places, watch, groups)
 
     def task_name(self, adapter_name: str) -> str:
         """The task that an adapter holds, as saved in its config."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_aso import ASOLoraConfig
 from peft_aso.chain import ChainError, load_chain, load_history, loading, save_chain
+from peft_aso.tuner import bulk
 from tests.chain.chains import logits, make_chain, randomize, settings, stock_adapter
 from tests.tiny_models import tiny
 
@@ -470,14 +471,18 @@ def test_misfit_leaves_the_model_alone(tmp_path: Path, monkeypatch: pytest.Monke
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(loading, "set_peft_model_state_dict", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        load_history(model, tmp_path / "plain")
-    assert list(model.peft_config) == ["first", "second", "third"]
-    assert torch.equal(logits(model), expected)
-    base = tiny("llama")
-    with pytest.raises(RuntimeError, match="out of memory"):
-        load_history(base, tmp_path / "plain")
-    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    monkeypatch.setattr(bulk, "_placed", broken)
+    for one_by_one in (False, True):
+        if one_by_one:
+            monkeypatch.setattr(loading, "fits_bulk", lambda adapter: False)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            load_history(model, tmp_path / "plain")
+        assert list(model.peft_config) == ["first", "second", "third"]
+        assert torch.equal(logits(model), expected)
+        base = tiny("llama")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            load_history(base, tmp_path / "plain")
+        assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
 
 
 def test_view_of_a_model_with_heads_and_adapters(tmp_path: Path) -> None:

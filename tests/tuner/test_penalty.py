@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from peft_aso import HistoryError
 from peft_aso.tuner.layer import adapters_in, subspace_of
@@ -162,17 +164,55 @@ def test_an_adapter_of_the_same_name_and_a_copied_model(fresh_seed: int):
 
 
 def test_adapters_that_all_lie_in_memory_once(monkeypatch: pytest.MonkeyPatch, fresh_seed: int):
-    """Read in place: nothing of the history's size is kept."""
+    """The history's rows become views of the blocks that the penalty reads: nothing is held twice, nothing changes."""
     from peft_aso.tuner import orthogonality
 
     monkeypatch.setitem(orthogonality.COPY_BYTES, "cpu", 0)
     _, model = chain("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = by_loops(model, CURRENT, HISTORY, lambda *_: 1.0)
+    assert model.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
+    groups = model.base_model._groups.held.groups
+    blocks = {group.rows.untyped_storage().data_ptr() for group in groups}
+    rows = [p for name, p in model.named_parameters() if "lora_A" in name and CURRENT not in name]
+    assert {p.untyped_storage().data_ptr() for p in rows} == blocks
+    assert sum(p.numel() for p in rows) == sum(group.rows.numel() for group in groups)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        rows[0].mul_(2)  # a write to a parameter is a write to the block
+    expected = by_loops(model, CURRENT, HISTORY, lambda *_: 1.0)
+    assert model.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_in_half_precision_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch):
+    from peft_aso.tuner import orthogonality
+
+    monkeypatch.setitem(orthogonality.COPY_BYTES, "cpu", 0)
+    _, model = chain("llama")
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and CURRENT not in name:
+            parameter.data = parameter.data.bfloat16()
     expected = by_loops(model, CURRENT, HISTORY, lambda *_: 1.0)
     assert model.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
     own = {p.data_ptr() for p in model.parameters()}
     groups = model.base_model._groups.held.groups
     assert all(group.rows is None for group in groups)
     assert all(part.data_ptr() in own for group in groups for parts in group.parts for part in parts)
+
+
+def test_a_chain_whose_rows_lie_together_is_saved_and_copied_as_ever(tmp_path: Path):
+    base, model = chain("llama")
+    model.base_model.orthogonality_penalty()
+    model.save_pretrained(tmp_path)
+    for task in HISTORY:
+        saved = load_file(tmp_path / task / "adapter_model.safetensors")
+        own = get_peft_model_state_dict(model, adapter_name=task)
+        assert all(torch.equal(saved[key], own[key]) for key in own)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for name, p in twin.named_parameters() if f"lora_A.{HISTORY[0]}" in name).zero_()
+    expected = by_loops(model, CURRENT, HISTORY, lambda *_: 1.0)
+    assert model.base_model.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_follows_the_active_task_also_in_a_context():
