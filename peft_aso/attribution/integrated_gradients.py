@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,12 +91,10 @@ def integrated_gradients(
     with undisturbed(model):
         inputs, answer = read_batch(model, batch, max_answer_tokens)
         found = Findings()
-        with tqdm(
-            total=len(layers), desc="attribution", unit="layer", leave=False, disable=not progress
-        ) as bar:
+        total = len(layers) * len(answer.targets)
+        with tqdm(total=total, desc="attribution", unit="layer", leave=False, disable=not progress) as bar:
             for rows, run, part, skip in _plan(model, inputs, answer, layers, method):
-                share = len(rows) / len(answer.targets)
-                _run_layers(run, part, rule, max_rows, skip, found, rows, lambda count, s=share: bar.update(s * count))
+                _run_layers(run, part, rule, max_rows, skip, found, rows, bar)
         return found.vector(layers)
 
 
@@ -209,9 +207,9 @@ def _run_layers(
     skip: bool,
     found: Findings,
     examples: torch.Tensor,
-    advance: Callable[[int], Any],
+    bar: tqdm,
 ) -> None:
-    """Add what `layers` score on `examples` to `found`."""
+    """Add what `layers` score on `examples` to `found`; the bar counts layers of the whole batch."""
     budget = RowBudget.of(run, layers, max_rows)
     for group in groups(run, layers):
         recording = record(run, group, outputs=skip)
@@ -226,4 +224,4 @@ def _run_layers(
                 scores = [layer_scores(run, part[0], recording, rule, budget.rows, skip)]
             for layer, score in zip(part, scores, strict=True):
                 found.add(examples, layer, score)
-            advance(len(part))
+            bar.update(len(part) * run.batch_size)

@@ -167,6 +167,8 @@ def history_vectors(
     The ranks take the place of the vectors: float32 `(examples, N)` for each task, or `(N,)` for means.
     """
     config = tuner.peft_config[tuner.current_task]
+    if config.resolved_penalty_weight > 0:
+        tuner.gather_history()  # the first penalty moves the history's rows, and the key below would see that
     weights = tuple(fingerprint(layer, adapters_in(layer, tuner.history)) for layer in tuner.lora_layers().values())
     key = (tuner.history, config.attribution_model, repr(config.attribution), digest(batches), weights)
     held = _history_vectors.get(tuner)

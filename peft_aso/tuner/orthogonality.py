@@ -62,8 +62,8 @@ def group_history(
     Args:
         history: module -> `(task, A)` pairs, A of shape `(r_t, in)`; tasks count from 0.
         current: module -> A of the current task, `(r_T, in)`.
-        copy_bytes: what all copies on one device (moved parameters are none) may take together, in bytes. None: 64 MiB on the CPU, 1 GiB on each
-            accelerator.
+        copy_bytes: what all copies on one device (moved parameters are none) may take together, in bytes. None:
+            64 MiB on the CPU, 1 GiB on each accelerator.
 
     Returns:
         Groups over the modules that both sides have. Modules without history are left out. Groups with `rows` hold

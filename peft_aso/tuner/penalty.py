@@ -122,6 +122,14 @@ class PenalisedTask(ActiveTask):
         psi, layer_of = self._coefficients.tensor(task, self.history, next(iter(current.values())).device)
         return orthogonality_penalty(prepared.groups, current, psi, self.peft_config[task].penalty, layer_of)
 
+    def gather_history(self) -> None:
+        """Bring the history's A together in memory, as the first penalty does by itself.
+
+        Whoever keeps something by where the history's weights lie calls this first: they lie still afterwards.
+        """
+        if self.history:
+            self._prepared_for(self.current_task)
+
     def _device_of(self, task: str) -> torch.device:
         layers = (layer for layer in self.lora_layers().values() if adapters_in(layer, [task]))
         return subspace_of(next(layers), task).device

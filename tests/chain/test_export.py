@@ -110,7 +110,8 @@ def test_stock_peft_gives_the_same_logits(results: Any, case: str) -> None:
     ours = logits(model)
     with model.disable_adapter():
         assert (logits(model) - ours).abs().max() > 1e-2  # the adapters matter
-    torch.testing.assert_close(found["logits"], ours, rtol=1e-5, atol=1e-5)
+    # the folded history rounds the sum of weight and adapters: 1e-5 of the largest logit, not of each
+    torch.testing.assert_close(found["logits"], ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
 
 
 @pytest.mark.parametrize("case", CASES)
