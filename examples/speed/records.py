@@ -65,12 +65,15 @@ class Record:
 
     @property
     def ratio(self) -> float | None:
-        """Median against median; None where one side has no values or a zero to divide by."""
+        """The median of the ratios of each pair, where both sides ran equally often in turn: a machine whose speed
+        drifts does less harm so. Else median against median; None where one side has no values, or a zero to divide by.
+        """
         if not self.ours or not self.theirs:
             return None
-        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
-        over, under = (ours, theirs) if self.bound == "at most" else (theirs, ours)
-        return over / under if under else None
+        over, under = (self.ours, self.theirs) if self.bound == "at most" else (self.theirs, self.ours)
+        if len(over) != len(under):
+            over, under = [statistics.median(over)], [statistics.median(under)]
+        return statistics.median(a / b for a, b in zip(over, under, strict=True)) if all(under) else None
 
     @property
     def passed(self) -> bool | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .active import ActiveTask
 from .history import HistoryError, adapter_of, holder_of, task_name_of
-from .kept import Watch
+from .kept import Watch, give_back
 from .layer import adapters_in, matrices_of, subspace_of
 from .orthogonality import FrozenGroup, group_history, norm_penalty, orthogonality_penalty
 from .psi import CoefficientStore
@@ -177,6 +177,7 @@ class PenalisedTask(ActiveTask):
         current = {name: subspace_of(layer, task) for name, layer in layers.items()}
         places = [(matrix.shape, matrix.device) for matrix in current.values()]
         groups = group_history(rows, current)  # moves the rows: the watch comes after it
+        give_back()
         watch = _watch([(layers[name], names) for name, names in present.items()])
         return _Prepared(task, self.tasks.histories, layers, places, watch, groups)
 

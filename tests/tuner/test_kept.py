@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
-from peft_aso.tuner.kept import Kept, tensor_state
+from peft_aso.tuner import kept
+from peft_aso.tuner.kept import Kept, give_back, tensor_state
 
 
 def test_it_is_made_once_a_key():
@@ -65,3 +67,15 @@ def test_tensors_made_in_inference_mode_have_a_state():
     with torch.inference_mode():
         tensor = torch.ones(2)
     assert tensor_state(tensor) == tensor_state(tensor)
+
+
+def test_freed_pages_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_back()  # on this platform, whatever it is
+    calls: list[int] = []
+    library = type("Library", (), {"malloc_trim": staticmethod(calls.append)})
+    monkeypatch.setattr(kept.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(kept.sys, "platform", "linux")
+    give_back()
+    monkeypatch.setattr(kept.sys, "platform", "darwin")
+    give_back()
+    assert calls == [0]
