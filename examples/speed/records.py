@@ -65,8 +65,8 @@ class Record:
 
     @property
     def ratio(self) -> float | None:
-        """The median of the ratios of each pair, where both sides ran equally often in turn: a machine whose speed
-        drifts does less harm so. Else median against median; None where one side has no values, or a zero to divide by.
+        """The median of the ratios of each pair, where both sides ran equally often in turn (a machine whose speed
+        drifts does less harm so), else median against median. None where a side has no values, or a zero to divide by.
         """
         if not self.ours or not self.theirs:
             return None
