@@ -34,6 +34,11 @@ def ours_of(bench: Bench, batch: Batch, stack: str) -> AttributionVector:
     return compute_attribution(bench.subject.model, batch, steps=bench.sizes.steps, stacks=chosen)
 
 
+def mixed_answers(bench: Bench) -> list[int]:
+    """Lengths of answers from 1 to 4 tokens, two of each in turn."""
+    return [1 + (index // 2) % 4 for index in range(bench.sizes.examples)]
+
+
 def one_token(bench: Bench) -> list[Record]:
     """All decoder layers, answers of one token."""
     batch = decoder_batch(bench, [1] * bench.sizes.examples)
@@ -42,7 +47,7 @@ def one_token(bench: Bench) -> list[Record]:
 
 def packed(bench: Bench) -> list[Record]:
     """The same with answers of 1 to 4 tokens in one batch."""
-    answers = [1 + (index // 2) % 4 for index in range(bench.sizes.examples)]
+    answers = mixed_answers(bench)
     batch = decoder_batch(bench, answers)
     return [_line(bench, "attribution.packed", f"answers of {answers} tokens", batch, decoder_stack(bench), 25)]
 
@@ -68,7 +73,7 @@ def _line(bench: Bench, line: str, what: str, batch: Batch, stack: str, target: 
     whole = sum(times) * len(layers) / len(chosen)
     notes = _captum_notes(chosen, layers, times, rows)
     if asked.columns is not None:
-        notes.update(_stronger(bench, line, asked, chosen, statistics.median(ours), len(layers)))
+        notes.update(_stronger(bench, line, asked, chosen, rows, statistics.median(ours), len(layers)))
     length = sizes.prompt if bench.subject.kind == "causal" else sizes.encoder_tokens
     return Record(
         line,
@@ -116,9 +121,10 @@ def _captum_notes(chosen: list[Any], layers: list[Any], times: list[float], rows
     }
 
 
-def _stronger(bench: Bench, line: str, asked: Any, chosen: list[Any], ours: float, layers: int) -> dict[str, Any]:
+def _stronger(
+    bench: Bench, line: str, asked: Any, chosen: list[Any], rows: int | None, ours: float, layers: int
+) -> dict[str, Any]:
     """Captum again, with logits at the answers' positions only."""
-    rows = affordable_rows(bench.subject.model, asked, bench.sizes.steps)
     _, times = _captum(bench, line, asked, chosen, rows, needed_only=True)
     whole = sum(times) * layers / len(chosen)
     return {"Captum with logits_to_keep, seconds": whole, "Captum with logits_to_keep, ratio": whole / ours}
@@ -142,7 +148,7 @@ def operations(bench: Bench) -> list[Record]:
     """Floating-point operations of both sides, and the share of the machine's peak that ours reaches."""
     sizes, model, stack = bench.sizes, bench.subject.model, decoder_stack(bench)
     records = []
-    answers = {"one": [1] * sizes.examples, "packed": [1 + (index // 2) % 4 for index in range(sizes.examples)]}
+    answers = {"one": [1] * sizes.examples, "packed": mixed_answers(bench)}
     for name, lengths in answers.items():
         bench.say(f"operations, {name}: counting")
         batch = decoder_batch(bench, lengths)

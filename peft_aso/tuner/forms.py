@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .kept import Kept, Watch, tensor_state
+from .kept import Kept, NotCopied, Watch, tensor_state
 from .layer import adapters_in, fingerprint, matrices_of
 
 FOLDABLE_LAYERS = (nn.Linear, Conv1D)
@@ -164,7 +164,7 @@ class _Held(NamedTuple):
     form: Form | None
 
 
-class FormCache:
+class FormCache(NotCopied):
     """One form of one layer's adapters, kept until something about them changes. Copies and pickles are empty."""
 
     def __init__(self) -> None:
@@ -206,12 +206,6 @@ class FormCache:
         """Forget what is held and free its memory."""
         self._held = None
         self._kept.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FormCache:
-        return FormCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (FormCache, ())
 
 
 def _watch(layer: LoraLayer, names: Sequence[str], with_base: bool) -> Watch | None:

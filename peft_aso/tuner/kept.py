@@ -15,8 +15,18 @@ _version = attrgetter("_version")
 _address = torch.Tensor.data_ptr
 
 
-class Kept(Generic[T]):
-    """One value with the key that it was made for. Copies and pickles of it are empty, and so stay small."""
+class NotCopied:
+    """What can be made anew: copies and pickles of it are empty, and so stay small. Made without arguments."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), ())
+
+
+class Kept(NotCopied, Generic[T]):
+    """One value with the key that it was made for."""
 
     def __init__(self) -> None:
         self._held: tuple[Any, T] | None = None
@@ -35,12 +45,6 @@ class Kept(Generic[T]):
     def clear(self) -> None:
         """Forget the value."""
         self._held = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept[T]:
-        return Kept()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Kept, ())
 
 
 def tensor_state(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .active import ActiveTask
 from .history import HistoryError, adapter_of, holder_of, task_name_of
-from .kept import Watch, give_back
+from .kept import NotCopied, Watch, give_back
 from .layer import adapters_in, matrices_of, subspace_of
 from .orthogonality import FrozenGroup, group_history, norm_penalty, orthogonality_penalty
 from .psi import CoefficientStore
@@ -39,7 +39,7 @@ class _Prepared:
     groups: list[FrozenGroup]
 
 
-class _Holder:
+class _Holder(NotCopied):
     """Holds a `_Prepared`, or nothing. Copies and pickles of it hold nothing."""
 
     def __init__(self) -> None:
@@ -48,12 +48,6 @@ class _Holder:
     def clear(self) -> None:
         """Hold nothing."""
         self.held = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Holder:
-        return _Holder()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Holder, ())
 
 
 class PenalisedTask(ActiveTask):
