@@ -16,9 +16,10 @@ from ..tuner import ASOLoraModel
 from .callback import ASOCallback
 from .checkpoint import check_checkpoint, restore_coefficients, save_current_task
 from .coefficients import require_tuner
+from .trained import TrainedOnlyMixin
 
 
-class ASOTrainerMixin:
+class ASOTrainerMixin(TrainedOnlyMixin):
     """Adds lambda times the orthogonality penalty to the training loss of a `transformers.Trainer` subclass.
 
     Put it before the Trainer in the bases: `class MyTrainer(ASOTrainerMixin, SomeTrainer)`. The model is a PEFT
@@ -151,7 +152,7 @@ class ASOTrainerMixin:
         """As the Trainer's."""
         check_trainable(self.tuner)
         self._forget_notes()
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint holds the current task: the history does not change and is not written again."""

@@ -20,6 +20,7 @@ from .forms import fold_obstacle
 from .history import HistoryError, TaskHistory
 from .layer import modules_outside
 from .linear import HistoryLinear, clear_forms
+from .merging import Buffers
 
 
 class ActiveTask(LoraModel):
@@ -220,8 +221,11 @@ class ActiveTask(LoraModel):
                 super().merge_adapter(adapter_names=None, safe_merge=safe_merge)
                 return
             self._check_merge_allowed()  # the same without looking for offloaded weights in each adapter
+            buffers = Buffers()
             for module in modules:
-                if isinstance(module, BaseTunerLayer):
+                if isinstance(module, HistoryLinear):
+                    module.merge(safe_merge, None, buffers)
+                elif isinstance(module, BaseTunerLayer):
                     module.merge(adapter_names=None, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .kept import Kept, NotCopied, Watch, tensor_state
-from .layer import adapters_in, fingerprint, matrices_of
+from .layer import adapters_in, all_matrices_of, fingerprint
 
 FOLDABLE_LAYERS = (nn.Linear, Conv1D)
 _EXACT = (torch.float32, torch.float64)
@@ -51,15 +51,15 @@ Form = StackedHistory | DenseHistory | FoldedHistory
 
 def stack(layer: LoraLayer, names: Sequence[str]) -> StackedHistory:
     """Stack the named adapters of a linear or embedding layer; their matrices are not changed."""
-    pairs = [matrices_of(layer, name) for name in names]
+    downs, ups = all_matrices_of(layer, names)
     scales = [layer.scaling[name] for name in names]
     with torch.no_grad():
-        down = torch.cat([pair[0] for pair in pairs], dim=0)
-        up = torch.cat([pair[1] for pair in pairs], dim=1)
+        down = torch.cat(downs, dim=0)
+        up = torch.cat(ups, dim=1)
         if len(set(scales)) == 1:
             up.mul_(scales[0])
         else:
-            for columns, scale in zip(up.split([pair[1].shape[1] for pair in pairs], dim=1), scales, strict=True):
+            for columns, scale in zip(up.split([matrix.shape[1] for matrix in ups], dim=1), scales, strict=True):
                 columns.mul_(scale)
     biases = [
         layer.lora_B[name].bias.detach() * scale
@@ -69,8 +69,8 @@ def stack(layer: LoraLayer, names: Sequence[str]) -> StackedHistory:
     return StackedHistory(down, up, torch.stack(biases).sum(0) if biases else None)
 
 
-def merge_pair(weight: torch.Tensor, pair: StackedHistory, transposed: bool, sign: int = 1) -> torch.Tensor:
-    """A new `weight + sign * up @ down`, summed in float32 (float64) and rounded once to the weight's dtype.
+def merge_pair(weight: torch.Tensor, pair: StackedHistory, transposed: bool, factor: float = 1.0) -> torch.Tensor:
+    """A new `weight + factor * up @ down`, summed in float32 (float64) and rounded once to the weight's dtype.
 
     Args:
         weight: `(out, in)`, or `(in, out)` with `transposed`.
@@ -79,7 +79,7 @@ def merge_pair(weight: torch.Tensor, pair: StackedHistory, transposed: bool, sig
     up, down = pair.up.to(dtype), pair.down.to(dtype)
     left, right = (down.T, up.T) if transposed else (up, down)
     with no_autocast(weight.device.type):
-        return torch.addmm(weight.detach().to(dtype), left, right, alpha=sign).to(weight.dtype)
+        return torch.addmm(weight.detach().to(dtype), left, right, alpha=factor).to(weight.dtype)
 
 
 def fold_obstacle(layer: LoraLayer) -> str | None:

@@ -52,7 +52,8 @@ class TaskHistory:
 
     def refresh(self, configs: Mapping[str, Any]) -> None:
         """Resolve all names anew; called after an adapter came or went."""
-        self.histories, self.missing = {}, {}
+        histories: dict[str, tuple[str, ...]] = {}
+        self.missing = {}
         holders: dict[str, list[str]] = {}
         for adapter, config in configs.items():
             holders.setdefault(task_name_of(adapter, config), []).append(adapter)
@@ -61,10 +62,12 @@ class TaskHistory:
                 task: next((name for name in holders.get(task, ()) if name != adapter), None)
                 for task in config.history or []
             }
-            self.histories[adapter] = tuple(name for name in found.values() if name is not None)
+            histories[adapter] = tuple(name for name in found.values() if name is not None)
             lacking = tuple(task for task, name in found.items() if name is None)
             if lacking:
                 self.missing[adapter] = lacking
+        if histories != self.histories:  # else the same object: what was made from it still holds
+            self.histories = histories
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
         self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
         self.forms = {name: config.history_form for name, config in configs.items()}

@@ -57,8 +57,23 @@ def matrices_of(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor
     parts = layer._modules  # asked for each adapter of each layer: past torch's slow attributes
     down = parts["lora_A"]._modules.get(name)
     if down is not None:
-        return down.weight, parts["lora_B"]._modules[name].weight
+        return _weight(down), _weight(parts["lora_B"]._modules[name])
     return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+
+
+def all_matrices_of(layer: LoraLayer, names: Sequence[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """`matrices_of` each adapter: all `lora_A`, all `lora_B`. Quick where there are hundreds."""
+    down, up = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+    try:
+        return [down[name]._parameters["weight"] for name in names], [up[name]._parameters["weight"] for name in names]
+    except KeyError:  # an embedding, or a weight that torch's parametrizations make
+        pairs = [matrices_of(layer, name) for name in names]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _weight(module: Any) -> torch.Tensor:
+    weight: torch.Tensor | None = module._parameters.get("weight")
+    return module.weight if weight is None else weight  # torch's parametrizations make it when it is asked for
 
 
 def tensors_of(layer: LoraLayer, name: str) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ switched-off adapters and several threads see the base weight as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .forms import (
-    FOLDABLE_LAYERS,
     FoldedHistory,
     Form,
     FormCache,
@@ -25,13 +24,13 @@ from .forms import (
     fold_obstacle,
     half_autocast,
     merge_pair,
-    no_autocast,
     rounds,
     stack,
 )
 from .forward import add_form, add_history, form_in_forward
 from .history import TaskHistory
-from .layer import adapters_in, tensors_of
+from .layer import adapters_in
+from .merging import Buffers, add_in_place, plain_sum
 
 _LEAVES = (nn.Linear, nn.Dropout, nn.Identity)  # what A, B and the dropout of an adapter are
 
@@ -134,8 +133,13 @@ class HistoryLinear(lora.Linear):
 
     # ---- merging -----------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, buffers: Buffers | None = None
+    ) -> None:
         """As PEFT's, with one product for all adapters and one rounding.
+
+        Args:
+            buffers: memory to work in, for whoever merges many layers.
 
         Raises:
             ValueError: with `safe_merge`, the merged weights would hold NaN or Inf; this layer is as before then.
@@ -143,63 +147,24 @@ class HistoryLinear(lora.Linear):
         clear_forms(self)
         wanted = self.active_adapters if adapter_names is None else adapter_names
         present = adapters_in(self, [name for name in wanted if name not in self.merged_adapters])
-        if isinstance(adapter_names, str) or not present or not self._is_plain_sum(present):
+        parts = None if isinstance(adapter_names, str) or not present else plain_sum(self, present)
+        if parts is None:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
         check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
-        self._add(present, 1, check=safe_merge)
+        add_in_place(self, parts, 1, safe_merge, buffers or Buffers())
         self.merged_adapters.extend(present)
 
-    def unmerge(self) -> None:
+    def unmerge(self, buffers: Buffers | None = None) -> None:
         """As PEFT's, with one product for all adapters."""
         clear_forms(self)
         present = adapters_in(self, self.merged_adapters)
-        if not present or not self._is_plain_sum(present):
+        parts = plain_sum(self, present) if present else None
+        if parts is None:
             super().unmerge()
             return
-        self._add(present, -1, check=False)
+        add_in_place(self, parts, -1, False, buffers or Buffers())
         self.merged_adapters.clear()
-
-    def _is_plain_sum(self, names: Sequence[str]) -> bool:
-        """Whether merging these adapters is W + sum of s B A with everything at hand as plain tensors."""
-        base = self.base_layer
-        weight = base._parameters.get("weight") if type(base) in FOLDABLE_LAYERS else None
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_inference():
-            return False
-        if any(name in self.lora_variant for name in names):
-            return False
-        tensors = [tensor for name in names for tensor in tensors_of(self, name)]
-        same_place = all(type(t) is nn.Parameter and t.device == weight.device for t in tensors)
-        biased = any(self.lora_bias.get(name, False) for name in names)
-        return same_place and not weight.is_meta and not (biased and base.bias is None)
-
-    @torch.no_grad()
-    def _add(self, names: Sequence[str], sign: int, check: bool) -> None:
-        """Add or subtract the named adapters to the base weight, in place."""
-        base, transposed = self.base_layer, isinstance(self.base_layer, Conv1D)
-        pair = stack(self, names)
-        if (
-            not check and base.weight.dtype == pair.down.dtype == pair.up.dtype == torch.float32
-        ):  # exact in place: no second weight
-            left, right = (pair.down.T, pair.up.T) if transposed else (pair.up, pair.down)
-            with no_autocast(base.weight.device.type):
-                base.weight.addmm_(left, right, alpha=sign)
-            if pair.bias is not None:
-                base.bias.add_(pair.bias, alpha=sign)
-            return
-        weight = merge_pair(base.weight, pair, transposed, sign)
-        bias = None if pair.bias is None else (base.bias + sign * pair.bias).to(base.bias.dtype)
-        if check and not all(part is None or torch.isfinite(part).all() for part in (weight, bias)):
-            raise ValueError(self._broken(names))
-        base.weight.copy_(weight)
-        if bias is not None:
-            base.bias.copy_(bias)
-
-    def _broken(self, names: Sequence[str]) -> str:
-        broken = [name for name in names if not all(t.isfinite().all() for t in tensors_of(self, name))]
-        if broken:
-            return f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken"
-        return f"NaNs detected in the merged weights. The sum of {', '.join(names)} is too large for the base weight"
 
 
 def _alias(module: Any, **changes: Any) -> Any:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft.tuners.lora.layer import Linear
 
+from peft_aso.tuner import active
+from peft_aso.tuner.merging import Buffers
 from tests.tiny_models import tiny
 from tests.tuner.chains import TASKS, assert_is_sum, chain, config_for, fill, logits, summed
 
@@ -154,3 +156,39 @@ def test_adapters_in_some_layers_only():
     merged = model.merge_and_unload()
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+def test_scales_and_dtypes_that_differ_between_adapters(fresh_seed: int):
+    base, model = chain("llama")
+    fill(model, TASKS, seed=fresh_seed)
+    for index, layer in enumerate(model.base_model.lora_layers().values()):
+        layer.scaling[TASKS[0]] *= 3
+        layer.scaling[CURRENT] = -0.5
+        if index % 2:
+            layer.lora_A[TASKS[0]].to(torch.bfloat16)
+            layer.lora_B[TASKS[0]].to(torch.bfloat16)
+    model.merge_adapter()
+    for name, layer in model.base_model.lora_layers().items():
+        parts = [(layer.scaling[n], layer.lora_B[n].weight.double(), layer.lora_A[n].weight.double()) for n in TASKS]
+        expected = base.get_submodule(name).weight + sum(scale * up @ down for scale, up, down in parts)
+        torch.testing.assert_close(layer.base_layer.weight, expected.float(), rtol=0, atol=1e-6)
+    model.unmerge_adapter()
+    for name, layer in model.base_model.lora_layers().items():
+        torch.testing.assert_close(layer.base_layer.weight, base.get_submodule(name).weight, rtol=0, atol=1e-6)
+
+
+def test_layers_share_the_memory_of_the_stacked_ranks(monkeypatch: pytest.MonkeyPatch, fresh_seed: int):
+    made: list[Buffers] = []
+    monkeypatch.setattr(active, "Buffers", lambda: made.append(Buffers()) or made[-1])
+    _, model = chain("llama")
+    model.merge_adapter()
+    layers = model.base_model.lora_layers()
+    assert len(made) == 1 and len(made[0]._held) < 2 * len(layers)
+
+    buffers = Buffers()
+    generator = torch.Generator().manual_seed(fresh_seed)
+    for dim in (0, 1):
+        parts = [torch.randn(6, 6, generator=generator) for _ in range(3)]
+        first = buffers.cat(parts, dim)
+        assert torch.equal(first, torch.cat(parts, dim))
+        assert buffers.cat(parts, dim).data_ptr() == first.data_ptr()

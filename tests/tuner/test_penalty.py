@@ -97,6 +97,9 @@ def test_the_history_s_rows_are_stacked_once(monkeypatch: pytest.MonkeyPatch):
         model.base_model.orthogonality_penalty().backward()
         optimizer.step()
     assert len(made) == 1
+    model.set_adapter(model.base_model.current_task)  # nothing changes
+    model.base_model.orthogonality_penalty()
+    assert len(made) == 1
     model.set_adapter("amazon")
     model.base_model.orthogonality_penalty()
     assert len(made) == 2
