@@ -165,16 +165,16 @@ def _check_pair(adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Te
             f"The file of {adapter.name!r} lacks one of the two matrices of {name} ({adapter.path}). It is "
             "incomplete: save or download it again."
         )
-    if down.shape[0] != up.shape[1] and not isinstance(module, nn.modules.conv._ConvNd):
+    groups = getattr(module, "groups", 1)  # of a convolution: PEFT gives them to B alone
+    if down.shape[0] != up.shape[1] * groups:
         raise ChainError(
             f"The two matrices of {name} in the file of {adapter.name!r} have different ranks: A is "
             f"{tuple(down.shape)}, B is {tuple(up.shape)}. The file is damaged: save it again."
         )
     sizes = in_out(module)
-    groups = getattr(module, "groups", 1)
-    if sizes is not None and (down.shape[1] * groups, up.shape[0]) != sizes:
+    if sizes is not None and (down.shape[1], up.shape[0]) != sizes:
         raise ChainError(
-            f"The adapter {adapter.name!r} does not fit this model: {name} maps {down.shape[1] * groups} to "
+            f"The adapter {adapter.name!r} does not fit this model: {name} maps {down.shape[1]} to "
             f"{up.shape[0]} values in the file (A {tuple(down.shape)}, B {tuple(up.shape)}) and {sizes[0]} "
             f"to {sizes[1]} in the model. It was made for another base model{_base_hint(adapter)}."
         )

@@ -44,11 +44,15 @@ class PlainSum(NamedTuple):
 
     def stacked(self, buffers: Buffers) -> tuple[StackedHistory, float]:
         """One pair of matrices, and a factor for their product. Written into the buffers where dtypes allow."""
-        equal = len(set(self.scales)) == 1
-        ups = self.ups if equal else [up * scale for up, scale in zip(self.ups, self.scales, strict=True)]
-        mixed = len(set(map(_dtype, (*self.downs, *ups)))) > 1
+        mixed = len(set(map(_dtype, (*self.downs, *self.ups)))) > 1
         cat = torch.cat if mixed else buffers.cat
-        return StackedHistory(cat(self.downs, 0), cat(ups, 1), self.bias), self.scales[0] if equal else 1.0
+        down, up = cat(self.downs, 0), cat(self.ups, 1)
+        if len(set(self.scales)) == 1:
+            return StackedHistory(down, up, self.bias), self.scales[0]
+        up = up.to(torch.promote_types(up.dtype, torch.float32))
+        for columns, scale in zip(up.split([part.shape[1] for part in self.ups], 1), self.scales, strict=True):
+            columns.mul_(scale)
+        return StackedHistory(down, up, self.bias), 1.0
 
 
 def plain_sum(layer: Any, names: Sequence[str]) -> PlainSum | None:

@@ -128,13 +128,14 @@ def test_dtypes(
     assert torch.equal(held, in_file[key].to(held.dtype))  # not rounded to the base model's dtype on the way
 
 
-def test_convolutions(tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_convolutions(tmp_path: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     """Of a plain module: an adapter on a convolution, and one on a linear layer with an odd shape."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mix = nn.Conv1d(3, 6, 3)
+            self.mix = nn.Conv1d(3, 6, 3, groups=groups)
             self.read = nn.Linear(6, 5, bias=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
