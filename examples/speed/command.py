@@ -21,7 +21,18 @@ import transformers
 
 import peft_aso
 
-from . import attribution_lines, chains, memory, penalty, probe_size, quadrature, similarities, steps, whole_task
+from . import (
+    attribution_lines,
+    chains,
+    folding,
+    memory,
+    penalty,
+    probe_size,
+    quadrature,
+    similarities,
+    steps,
+    whole_task,
+)
 from .bench import Bench, sizes_from
 from .models import Subject, load
 from .records import Record, block, table
@@ -60,6 +71,7 @@ LINES = (
     Line("attribution.encoder", attribution_lines.encoder, ENCODES),
     Line("attribution.operations", attribution_lines.operations, GENERATES),
     Line("quadrature", quadrature.quadrature, GENERATES, "text"),
+    Line("folding", folding.folding, GENERATES, "text"),
     Line("memory", memory.peak_memory, GENERATES),
     Line("chain.load", chains.loading, GENERATES),
     Line("chain.merge", chains.merging, GENERATES),

@@ -29,7 +29,7 @@ FIELDS = {
     "notes": dict,
 }
 # lines whose two sides are runs of the same thing at two sizes, or that have one side only
-NOTHING_TO_COMPARE = ("attribution.operations", "quadrature", "memory", "probe", "growth")
+NOTHING_TO_COMPARE = ("attribution.operations", "quadrature", "folding", "memory", "probe", "growth")
 
 
 @pytest.fixture(scope="module")
