@@ -1,4 +1,4 @@
-"""The frozen history of one layer as few matrices, in the cheapest form for its size; built once, never stale.
+"""The frozen history of one layer as few matrices, in the cheapest form for its size; built once.
 
 Stacked: one pair of matrices, all adapters in a row. Dense: their product, which is smaller once the summed rank is
 above in * out / (in + out). Folded: the base weight plus the product, with which a layer runs in its base weight's
@@ -178,6 +178,7 @@ class FormCache(NotCopied):
         asked: tuple[Any, ...],
         make: Callable[[list[str]], Form],
         with_base: bool,
+        glance: int | None = None,
     ) -> Form | None:
         """The form that is held, or a new one from `make` if anything has changed; None if no adapter is here.
 
@@ -185,9 +186,10 @@ class FormCache(NotCopied):
             names: adapters of the model; `make` gets those that have weights in this layer.
             asked: what else the form depends on.
             with_base: whether it depends on the base layer's weight.
+            glance: as in `Watch.unchanged`.
         """
         held = self._held  # read once: another thread may put another one there
-        if held is not None and held.asked == (names, asked) and held.watch.unchanged():
+        if held is not None and held.asked == (names, asked) and held.watch.unchanged(glance):
             return held.form
         self._held = None
         present = adapters_in(layer, names)

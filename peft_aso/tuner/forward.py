@@ -30,12 +30,15 @@ from .history import TaskHistory
 from .layer import adapters_in
 
 
-def form_in_forward(layer: LoraLayer, x: torch.Tensor, active: tuple[str, ...], can_fold: bool) -> Form | None:
+def form_in_forward(
+    layer: LoraLayer, x: torch.Tensor, active: tuple[str, ...], can_fold: bool, glance: int | None = None
+) -> Form | None:
     """The history that takes part in this forward pass, in its form; None if there is none, or of a convolution.
 
     Args:
         x: the layer's input.
         can_fold: whether the caller can run the base layer with a folded weight.
+        glance: of how many of the history's weights to make sure that they are what they were; None: of all.
     """
     names = _history(layer, active)
     if not names or _is_convolution(layer):
@@ -47,8 +50,8 @@ def form_in_forward(layer: LoraLayer, x: torch.Tensor, active: tuple[str, ...], 
     half = half_autocast(x.device.type)
     can_fold = can_fold and wanted in ("auto", "folded") and fold_obstacle(layer) is None
     if can_fold and (wanted == "folded" or not rounds(layer, half)):
-        return _kept(layer, names, "folded", None)
-    return _kept(layer, names, "auto" if wanted == "folded" else wanted, compute_dtype(x, half))
+        return _kept(layer, names, "folded", None, glance)
+    return _kept(layer, names, "auto" if wanted == "folded" else wanted, compute_dtype(x, half), glance)
 
 
 def _history(layer: LoraLayer, active: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,13 +62,16 @@ def _history(layer: LoraLayer, active: tuple[str, ...]) -> tuple[str, ...]:
     return tasks.in_forward(active, layer.training)
 
 
-def _kept(layer: LoraLayer, names: tuple[str, ...], wanted: str, dtype: torch.dtype | None) -> Form | None:
+def _kept(
+    layer: LoraLayer, names: tuple[str, ...], wanted: str, dtype: torch.dtype | None, glance: int | None
+) -> Form | None:
     form: Form | None = layer.history_cache.get(
         layer,
         names,
         (wanted, dtype),
         lambda present: build(layer, present, wanted, dtype),
         with_base=wanted == "folded",
+        glance=glance,
     )
     return form
 

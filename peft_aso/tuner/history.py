@@ -34,6 +34,8 @@ class TaskHistory:
             Adapters whose history is left out of the forward pass while they train.
         forms (`dict[str, str]`):
             Adapter -> the form in which its history is computed (`history_form` of its config).
+        writes (`int`):
+            How often weights were written in torch's own ways: loaded, moved, cast.
         alone (`bool`):
             True inside `ASOLoraModel.only`: adapters run without their history.
         as_one (`bool`):
@@ -46,6 +48,7 @@ class TaskHistory:
         self.frozen: frozenset[str] = frozenset()
         self.isolated: frozenset[str] = frozenset()
         self.forms: dict[str, str] = {}
+        self.writes = 0
         self.alone = False
         self.as_one = False
         self._resolved: dict[tuple[tuple[str, ...], bool, bool], tuple[str, ...]] = {}

@@ -29,6 +29,7 @@ from .forms import (
 )
 from .forward import add_form, add_history, form_in_forward
 from .history import TaskHistory
+from .kept import GLANCE
 from .layer import adapters_in
 from .merging import Buffers, add_in_place, plain_sum
 
@@ -53,7 +54,8 @@ class HistoryLinear(lora.Linear):
         whole = self._whole(x, tasks) if tasks.as_one else None
         if isinstance(whole, FoldedHistory):
             return lora.Linear.forward(self._shadow(whole, []), x, *args, **kwargs)
-        form = form_in_forward(self, x, tuple(self.active_adapters), can_fold=True)
+        glance = GLANCE if self.training else None
+        form = form_in_forward(self, x, tuple(self.active_adapters), can_fold=True, glance=glance)
         if isinstance(form, FoldedHistory):
             return lora.Linear.forward(self._shadow(form, self._active_adapter), x, *args, **kwargs)
         output = plain(x, *args, **kwargs)
@@ -90,8 +92,18 @@ class HistoryLinear(lora.Linear):
         shadow_base = _alias(base, _parameters=parameters)
         return _alias(self, _modules={**self._modules, "base_layer": shadow_base}, _active_adapter=active)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._written()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _written(self) -> None:
+        """What was made from the weights is made again."""
+        clear_forms(self)
+        if self.task_history is not None:
+            self.task_history.writes += 1
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HistoryLinear:
-        clear_forms(self)  # a model that goes to another device or dtype leaves nothing behind
+        self._written()  # a model that goes to another device or dtype leaves nothing behind
         result: HistoryLinear = super()._apply(fn, recurse)
         return result
 

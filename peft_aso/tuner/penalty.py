@@ -12,7 +12,7 @@ from torch import nn
 
 from .active import ActiveTask
 from .history import HistoryError, adapter_of, holder_of, task_name_of
-from .kept import NotCopied, Watch, give_back
+from .kept import GLANCE, NotCopied, Watch, give_back
 from .layer import adapters_in, matrices_of, subspace_of
 from .orthogonality import FrozenGroup, group_history, norm_penalty, orthogonality_penalty
 from .psi import CoefficientStore
@@ -28,6 +28,7 @@ class _Prepared:
         layers: the LoRA layers that the task has weights in, by module name.
         places: shape and device of the task's A in each of them.
         watch: over the history's A in them.
+        writes: of the model's history when all of them were looked at the last time.
         groups: the history's rows.
     """
 
@@ -36,6 +37,7 @@ class _Prepared:
     layers: dict[str, LoraLayer]
     places: list[tuple[torch.Size, torch.device]]
     watch: Watch
+    writes: int
     groups: list[FrozenGroup]
 
 
@@ -149,7 +151,7 @@ class PenalisedTask(ActiveTask):
         """The history's rows by shape and the task's own A. Prepared again only when something has changed."""
         held = self._groups.held
         same_chain = held is not None and held.task == task and held.histories is self.tasks.histories
-        if held is not None and same_chain and held.watch.unchanged():
+        if held is not None and same_chain and self._unchanged(held):
             current = {name: subspace_of(layer, task) for name, layer in held.layers.items()}
             if [(matrix.shape, matrix.device) for matrix in current.values()] == held.places:
                 return held, current
@@ -173,7 +175,13 @@ class PenalisedTask(ActiveTask):
         groups = group_history(rows, current)  # moves the rows: the watch comes after it
         give_back()
         watch = _watch([(layers[name], names) for name, names in present.items()])
-        return _Prepared(task, self.tasks.histories, layers, places, watch, groups)
+        return _Prepared(task, self.tasks.histories, layers, places, watch, self.tasks.writes, groups)
+
+    def _unchanged(self, held: _Prepared) -> bool:
+        writes = self.tasks.writes
+        hurried = self.training and held.writes == writes
+        held.writes = writes
+        return held.watch.unchanged(GLANCE * len(held.layers) if hurried else None)
 
     def task_name(self, adapter_name: str) -> str:
         """The task that an adapter holds, as saved in its config."""
