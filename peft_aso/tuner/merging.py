@@ -26,7 +26,7 @@ class Buffers(NotCopied):
     def cat(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
         """`torch.cat`, valid until the next call for this shape; the parts share dtype and device."""
         shape = list(parts[0].shape)
-        shape[dim] = sum(part.shape[dim] for part in parts)
+        shape[dim] = sum(map(len, parts)) if dim == 0 else sum(part.shape[dim] for part in parts)
         key = (*shape, dim, parts[0].dtype, parts[0].device)
         if key not in self._held:
             self._held[key] = parts[0].new_empty(shape)

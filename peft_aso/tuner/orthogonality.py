@@ -15,7 +15,7 @@ one form only, and loses the small values of nearly orthogonal rows to cancellat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ COPY_BYTES = {"cpu": 64 << 20}
 COPY_BYTES_ELSEWHERE = 1 << 30
 # numbers of the history that go through both products while they are in a processor's cache, 2 MiB
 _CHUNK = {"cpu": 1 << 19}
+# so much may lie twice while parameters move, 16 MiB
+_GIVE_BACK = 1 << 24
 # up to so many rows in the history the product is faster with the current task's few rows on the left
 _FEW_ROWS = 400
 
@@ -53,6 +55,7 @@ def group_history(
     history: Mapping[str, Sequence[tuple[int, torch.Tensor]]],
     current: Mapping[str, torch.Tensor],
     copy_bytes: int | None = None,
+    give_back: Callable[[], None] = lambda: None,
 ) -> list[FrozenGroup]:
     """Group the history's rows by shape, and bring them together in blocks.
 
@@ -64,6 +67,7 @@ def group_history(
         current: module -> A of the current task, `(r_T, in)`.
         copy_bytes: what all copies on one device (moved parameters are none) may take together, in bytes. None:
             64 MiB on the CPU, 1 GiB on each accelerator.
+        give_back: called now and then, when parameters have left their old places.
 
     Returns:
         Groups over the modules that both sides have. Modules without history are left out. Groups with `rows` hold
@@ -89,7 +93,7 @@ def group_history(
         moved = all(_movable(rows, device) for _, rows in pairs)
         granted[device] = left - needed if copied and not moved else left
         buckets[(pattern, matrix.shape, device, copied or moved)].append(module)
-    return [_group(modules, history, *key) for key, modules in buckets.items()]
+    return [_group(modules, history, key, give_back) for key, modules in buckets.items()]
 
 
 def _movable(rows: torch.Tensor, device: torch.device) -> bool:
@@ -110,22 +114,26 @@ def _check_inputs(module: str, matrix: torch.Tensor, pairs: Sequence[tuple[int, 
 def _group(
     modules: list[str],
     history: Mapping[str, Sequence[tuple[int, torch.Tensor]]],
-    pattern: Sequence[tuple[int, int]],
-    shape: torch.Size,
-    device: torch.device,
-    copied: bool,
+    key: tuple[Any, ...],
+    give_back: Callable[[], None],
 ) -> FrozenGroup:
+    """One group, of modules with the same key: task and rank of their earlier adapters, shape and device of the
+    current A, and whether the rows come together in a block."""
+    pattern, shape, device, copied = key
     tasks = torch.tensor([task for task, rank in pattern for _ in range(rank)], device=device)
     parts = [[rows for _, rows in history[module]] for module in modules]
     rows = None
     if copied:
         rows = torch.empty(len(modules), len(tasks), shape[1], device=device)
-        for block, matrices in zip(rows, parts, strict=True):
+        often = max(1, _GIVE_BACK // max(rows[0].nbytes, 1))
+        for index, (block, matrices) in enumerate(zip(rows, parts, strict=True), start=1):
             places = block.split([len(matrix) for matrix in matrices])
             for place, matrix in zip(places, matrices, strict=True):
                 place.copy_(matrix)
                 if _movable(matrix, device):
                     matrix.data = place
+            if index % often == 0:
+                give_back()
     return FrozenGroup(modules, tasks, [[matrix.detach() for matrix in matrices] for matrices in parts], rows)
 
 

@@ -172,7 +172,7 @@ class PenalisedTask(ActiveTask):
         }
         current = {name: subspace_of(layer, task) for name, layer in layers.items()}
         places = [(matrix.shape, matrix.device) for matrix in current.values()]
-        groups = group_history(rows, current)  # moves the rows: the watch comes after it
+        groups = group_history(rows, current, give_back=give_back)  # moves the rows: the watch comes after it
         give_back()
         watch = _watch([(layers[name], names) for name, names in present.items()])
         return _Prepared(task, self.tasks.histories, layers, places, watch, self.tasks.writes, groups)

@@ -90,7 +90,7 @@ def test_the_history_s_rows_are_stacked_once(monkeypatch: pytest.MonkeyPatch):
 
     made: list[Any] = []
     original = module.group_history
-    monkeypatch.setattr(module, "group_history", lambda *args: made.append(args) or original(*args))
+    monkeypatch.setattr(module, "group_history", lambda *args, **more: made.append(args) or original(*args, **more))
     _, model = chain("llama")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(3):
