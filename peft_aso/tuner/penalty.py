@@ -172,6 +172,7 @@ class PenalisedTask(ActiveTask):
         }
         current = {name: subspace_of(layer, task) for name, layer in layers.items()}
         places = [(matrix.shape, matrix.device) for matrix in current.values()]
+        self._clear_forms()  # they would be made anew afterwards, and keep the old places alive until then
         groups = group_history(rows, current, give_back=give_back)  # moves the rows: the watch comes after it
         give_back()
         watch = _watch([(layers[name], names) for name, names in present.items()])
