@@ -32,7 +32,7 @@ from .quiet import undisturbed
 from .self_check import compare, copies_prompts, must_copy_prompts, verdict
 from .steps import groups, layer_scores, record, sweep_scores, sweeps
 from .vector import AttributionVector
-from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention
+from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention, telling_examples
 
 logger = logging.getLogger(__name__)
 
@@ -142,12 +142,10 @@ def _fast_pass(
     """Checked fast passes for layers of one stack, with their examples; None (with a warning) where only the
     plain way is right."""
     stack = layers[0].stack
-    padded = _padded_left(inputs)
     try:
+        rows, facts = telling_examples(inputs, answer, stack)
         reason = verdict(
-            model,
-            f"{answer.kind}, {stack}, padded left: {padded}",
-            lambda: _self_check(model, inputs, answer, layers, padded),
+            model, f"{answer.kind}, {stack}, {facts}", lambda: _self_check(model, inputs, answer, layers, rows)
         )
         if reason is None:
             parts = alike(answer, stack)
@@ -177,12 +175,11 @@ def _make_fast(model: nn.Module, inputs: Inputs, answer: Answer, stack: str, ext
 
 
 def _self_check(
-    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], padded: bool
+    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], rows: torch.Tensor
 ) -> str | None:
-    row = int(inputs["attention_mask"][:, 0].argmin()) if padded else 0
-    one, single = of_examples(inputs, answer, torch.tensor([row], device=answer.targets.device))
-    plain = PlainPass(model, one, single)
-    fast = _make_fast(model, one, single, layers[0].stack, extra_padding=2)
+    few, theirs = of_examples(inputs, answer, rows)
+    plain = PlainPass(model, few, theirs)
+    fast = _make_fast(model, few, theirs, layers[0].stack, extra_padding=2)
     if isinstance(fast, WindowPass) and fast.shared:
         try:
             if compare(fast, plain, layers) is None:
@@ -192,11 +189,6 @@ def _self_check(
         must_copy_prompts(model)
         fast.shared = False
     return compare(fast, plain, layers)
-
-
-def _padded_left(inputs: Inputs) -> bool:
-    mask = inputs.get("attention_mask")
-    return mask is not None and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
 
 
 def _run_layers(

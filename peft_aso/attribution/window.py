@@ -230,6 +230,31 @@ def _observed_convention(
     raise FastWayUnsupported(f"{type(model).__name__} numbers padded tokens neither by column nor by rank")
 
 
+def telling_examples(
+    inputs: dict[str, torch.Tensor], answer: Answer, stack: str
+) -> tuple[torch.Tensor, str]:
+    """One or two examples of a batch that show whether the fast way is right for all, and what they are.
+
+    The one with the longest prompt, since an example without a prompt reads nothing from a cache; and one with padding
+    on the left, if there is any.
+
+    Raises:
+        FastWayUnsupported: attention masks with holes or with four dimensions.
+    """
+    chosen, mask = answer.positions[stack], inputs.get("attention_mask")
+    lengths = torch.zeros(len(chosen), dtype=torch.long, device=chosen.device)
+    if answer.kind == "causal":
+        lengths = _first(chosen) - _first(_real_tokens(inputs, chosen))
+    elif stack == "decoder":
+        lengths = _first(chosen)
+    rows = {int(lengths.argmax())}
+    padded = mask is not None and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+    if mask is not None and padded:
+        rows.add(int(lengths.masked_fill(mask[:, 0] != 0, -len(chosen) * chosen.shape[1]).argmax()))
+    facts = f"padded left: {padded}, prompt: {bool((lengths > 0).any())}"
+    return torch.tensor(sorted(rows), device=chosen.device), facts
+
+
 def _real_tokens(inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
     mask = inputs.get("attention_mask")
     if mask is None:

@@ -13,7 +13,7 @@ from tests.tiny_models import tiny, tiny_batch
 
 
 def answer_of(lengths: list[int], kind: str = "causal") -> Answer:
-    positions = torch.zeros(len(lengths), 30, dtype=torch.bool)
+    positions = torch.zeros(len(lengths), 40, dtype=torch.bool)
     for row, length in enumerate(lengths):
         positions[row, 3 + row : 3 + row + length] = True
     stack = "single" if kind == "causal" else "encoder"

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_aso.attribution import integrated_gradients
+from tests.attribution.reference import largest_gap
 from tests.tiny_models import tiny, tiny_batch
 
 Batch = dict[str, torch.Tensor]
@@ -61,6 +62,18 @@ def test_the_self_check_runs_once_and_again_for_left_padding(monkeypatch: pytest
     for padding, expected in (("right", 1), ("right", 1), ("left", 2), ("left", 2), ("right", 2)):
         integrated_gradients(model, tiny_batch(model, 2, padding=padding), steps=2)
         assert len(calls) == expected
+
+
+def test_the_self_check_looks_at_an_example_with_a_prompt() -> None:
+    """BLOOM's attention cannot share prompts, which an example without a prompt does not show."""
+    model = tiny("bloom")
+    ids = torch.randint(3, 64, (2, 9))
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
+    mask[0, :7] = 0
+    labels[0, 8:], labels[1, 7:] = ids[0, 8:], ids[1, 7:]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    fast = integrated_gradients(model, batch, steps=3, method="fast")
+    assert largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
 
 
 def test_a_mask_with_holes_is_run_the_plain_way() -> None:

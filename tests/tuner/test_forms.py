@@ -102,7 +102,8 @@ def test_half_precision(dtype: torch.dtype, form: str, fresh_seed: int):
     found = logits(model)
     assert found.dtype == dtype
     expected = logits(summed(base.float(), model.float(), TASKS))
-    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    # a number is right to eps / 2 in each of some forty sums; without the history all of it would differ
+    assert (found.float() - expected).norm() < 20 * torch.finfo(dtype).eps * expected.norm()
 
 
 def test_folding_into_half_precision_sums_in_float32_and_rounds_once(fresh_seed: int):
