@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--penalty", choices=["squared", "l1"], default="squared", help="form of the penalty (Eq. 7)")
     parser.add_argument("--penalty-weight", type=float, help="lambda of Eq. 7; 0: IncLoRA")
     parser.add_argument("--probe", type=int, default=4, help="examples on which attribution is computed")
-    parser.add_argument("--steps", type=int, default=6, help="nodes of the integral (Eq. 11), Gauss-Legendre")
+    parser.add_argument("--steps", type=int, default=20, help="m of the integral (Eq. 11), adaptive")
     parser.add_argument("--refresh", type=float, default=0.34, help="fraction of a run between two refreshes of psi")
     parser.add_argument("--no-reference", action="store_true", help="skip training each task alone (no FWT then)")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 def attribution(args: argparse.Namespace) -> AttributionConfig:
     return AttributionConfig(
-        probe_size=args.probe, refresh=args.refresh, quadrature="gauss_legendre", steps=args.steps
+        probe_size=args.probe, refresh=args.refresh, quadrature="adaptive", steps=args.steps
     )
 
 

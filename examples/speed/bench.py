@@ -35,11 +35,11 @@ class Sizes:
     neurons: int = 352_256
     vectors: int = 100
     reference_steps: int = 512
-    check_steps: int = 48  # Gauss-Legendre nodes of the second reference
-    riemann: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 32, 64, 128)
-    gauss: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20)
+    riemann: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 20, 32, 64)
+    gauss: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 20)
+    adaptive: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)  # 1 / tolerance
+    path_points: int = 65
     quadrature_examples: int = 4
-    nodes: int = 4  # Gauss-Legendre nodes of the whole task
     task_examples: int = 500
     task_tokens: int = 130
     task_batch: int = 16
@@ -52,8 +52,8 @@ class Sizes:
 QUICK = Sizes(
     repeats=1, batch=2, tokens=16, tasks=4, loop_tasks=3, growth_tasks=(2, 3), growth_ranks=(2, 4),
     growth_tokens=(8, 16), growth_layers=(1, 2), examples=4, prompt=12, encoder_tokens=12, captum_layers=2,
-    neurons=3000, vectors=8, reference_steps=40, check_steps=12, riemann=(1, 20), gauss=(1, 3, 5),
-    quadrature_examples=2, nodes=2, task_examples=12, task_tokens=14, task_batch=4, probe=2, probe_examples=4,
+    neurons=3000, vectors=8, reference_steps=40, riemann=(1, 20), gauss=(1, 3, 5), adaptive=(1, 20),
+    path_points=5, quadrature_examples=2, task_examples=12, task_tokens=14, task_batch=4, probe=2, probe_examples=4,
     peak=256,
 )  # fmt: skip
 

@@ -11,11 +11,13 @@ from typing import Any
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def save_curves(folder: Path, name: str, curves: Curves, *, title: str, x: str, y: str) -> list[Path]:
-    """Draw curves of (x, y) points on logarithmic scales, as `name.png` and `name.svg`.
+def save_curves(
+    folder: Path, name: str, curves: Curves, *, title: str, x: str, y: str, logarithmic: bool = True
+) -> list[Path]:
+    """Draw curves of (x, y) points, as `name.png` and `name.svg`.
 
-    Points that are zero, which such a scale cannot show, are left out. Curves whose name begins with "=" are
-    horizontal lines.
+    Points that are zero, which a logarithmic scale cannot show, are left out there. Curves whose name begins with "="
+    are horizontal lines.
 
     Returns:
         The files; none, with a message, where matplotlib is not installed.
@@ -31,16 +33,17 @@ def save_curves(folder: Path, name: str, curves: Curves, *, title: str, x: str, 
     axes = figure.subplots()
     lines = itertools.cycle([(":", "0.1"), ("--", "0.4"), ("-.", "0.6")])
     for label, points in curves.items():
-        shown = [(a, b) for a, b in points if b > 0]
+        shown = [(a, b) for a, b in points if b > 0 or not logarithmic]
         if label.startswith("="):
             style, grey = next(lines)
             axes.axhline(shown[0][1] if shown else 0.0, linestyle=style, color=grey, label=label[1:].strip())
         else:
             places, values = [point[0] for point in shown], [point[1] for point in shown]
-            axes.plot(places, values, marker="o", markersize=4, label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_yscale("log")
+            axes.plot(places, values, marker="o" if logarithmic else "", markersize=4, label=label)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize="small")

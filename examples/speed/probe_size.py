@@ -59,10 +59,8 @@ def _chain(bench: Bench) -> tuple[Any, str]:
 
 def _vectors(bench: Bench, model: Any, task: str, batches: list[Batch]) -> torch.Tensor:
     """Eq. 11 of one task's model on each example, `(examples, N)`."""
-    nodes = bench.sizes.nodes
-    found = [
-        compute_attribution(model, batch, adapter=task, steps=nodes, quadrature="gauss_legendre") for batch in batches
-    ]
+    steps = bench.sizes.steps
+    found = [compute_attribution(model, batch, adapter=task, steps=steps, quadrature="adaptive") for batch in batches]
     return torch.cat([vector.values for vector in found])
 
 

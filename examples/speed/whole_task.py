@@ -146,7 +146,7 @@ def run(bench: Bench, model: Any, ours: bool) -> tuple[float, Clock]:
 def chain_for(bench: Bench, source: str) -> Any:
     """The chain of 15 random adapters; for stored vectors, random ones: their values change no time."""
     sizes = bench.sizes
-    settings: Any = {"steps": sizes.nodes, "quadrature": "gauss_legendre", "probe_size": sizes.probe, "source": source}
+    settings: Any = {"steps": sizes.steps, "quadrature": "adaptive", "probe_size": sizes.probe, "source": source}
     model = chain_of(bench.adapters(), sizes.loop_tasks, attribution=AttributionConfig(**settings))
     if source == "stored":
         layout, start = [], 0
@@ -187,7 +187,7 @@ def whole_task(bench: Bench) -> list[Record]:
             f"task.{kind}",
             bench.subject.label,
             f"a whole task, T = {sizes.loop_tasks}, {sizes.task_examples} x {sizes.task_tokens} tokens, batch "
-            f"{sizes.task_batch}, probe {sizes.probe}, Gauss-Legendre with {sizes.nodes} nodes, {kind} vectors",
+            f"{sizes.task_batch}, probe {sizes.probe}, adaptive quadrature with m = {sizes.steps}, {kind} vectors",
             "IncLoRA on stock PEFT: all adapters active, the new one trained",
             times[kind],
             times["stock"],

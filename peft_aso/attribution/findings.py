@@ -15,10 +15,12 @@ class Findings:
     def __init__(self) -> None:
         self._scores: dict[str, list[tuple[torch.Tensor, LayerScores]]] = {}
         self._logs: dict[int, torch.Tensor] = {}
+        self._nodes: list[tuple[int, float]] = []  # of how many examples, and how many in the mean
 
     def add(self, examples: torch.Tensor, layer: NeuronLayer, scores: LayerScores) -> None:
         """Scores of `layer` for the examples with these indices, `(E,)`."""
         self._scores.setdefault(layer.name, []).append((examples, scores))
+        self._nodes.append((len(examples), scores.nodes))
 
     def add_log_probability(self, examples: torch.Tensor, values: torch.Tensor) -> None:
         """log P(y* given x) of the unscaled model for these examples, `(E,)`; what is there already stays."""
@@ -38,7 +40,9 @@ class Findings:
             start += layer.size
         own = [self._of(layer) for layer in layers]
         logs = torch.stack([self._logs[example] for example in sorted(self._logs)])
-        return assemble([part.values for part in own], [part.log_size for part in own], logs, layout)
+        vector = assemble([part.values for part in own], [part.log_size for part in own], logs, layout)
+        vector.nodes = sum(count * nodes for count, nodes in self._nodes) / sum(count for count, _ in self._nodes)
+        return vector
 
     def _of(self, layer: NeuronLayer) -> LayerScores:
         """All examples' scores of one layer, in the batch's order."""
@@ -51,4 +55,4 @@ class Findings:
                 f"attribution of {layer.name} has NaN or Inf: check the model's weights, and use float32 or "
                 "bfloat16 where float16 overflows"
             )
-        return LayerScores(values, log_size)
+        return LayerScores(values, log_size, parts[0][1].nodes)

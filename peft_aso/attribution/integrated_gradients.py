@@ -27,10 +27,11 @@ from .memory import RowBudget
 from .neurons import NeuronLayer, find_neurons, unwrap
 from .packing import alike, of_examples
 from .passes import Pass, PlainPass
-from .quadrature import path
+from .quadrature import Path, path
 from .quiet import undisturbed
+from .scores import scores_of
 from .self_check import compare, copies_prompts, must_copy_prompts, verdict
-from .steps import groups, layer_scores, record, sweep_scores, sweeps
+from .steps import groups, record, sweeps
 from .vector import AttributionVector
 from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention, telling_examples
 
@@ -65,7 +66,8 @@ def integrated_gradients(
             its adapters are set to is what is attributed.
         batch: a collated batch with `labels`, -100 where there is no answer (see answer.py).
         steps: m of Eq. 10.
-        quadrature: "riemann" (the paper's right sum) or "gauss_legendre".
+        quadrature: "riemann" (the paper's right sum), "gauss_legendre", or "adaptive": for each layer and example as
+            few nodes as it takes for the change of P to come out right to a part 1/m (see adaptive.py).
         neurons: None to find down projections by structure, a regular expression for whole module names, or a
             list of suffixes.
         stacks: "all", or only the "encoder" or the "decoder" of an encoder-decoder model.
@@ -194,7 +196,7 @@ def _self_check(
 def _run_layers(
     run: Pass,
     layers: list[NeuronLayer],
-    rule: tuple[torch.Tensor, torch.Tensor],
+    rule: Path,
     max_rows: int | None,
     skip: bool,
     found: Findings,
@@ -207,13 +209,9 @@ def _run_layers(
         recording = record(run, group, outputs=skip)
         assert recording.log_probability is not None
         found.add_log_probability(examples, recording.log_probability)
-        each = run.batch_size * len(rule[0])
+        each = run.batch_size * len(rule.nodes)
         parts = sweeps(group, each, budget) if skip and run.can_sweep else [[layer] for layer in group]
         for part in parts:
-            if len(part) > 1:
-                scores = sweep_scores(run, part, recording, rule)
-            else:
-                scores = [layer_scores(run, part[0], recording, rule, budget.rows, skip)]
-            for layer, score in zip(part, scores, strict=True):
+            for layer, score in zip(part, scores_of(run, part, recording, rule, budget.rows, skip), strict=True):
                 found.add(examples, layer, score)
             bar.update(len(part) * run.batch_size)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy
 import torch
 
-RULES = ("riemann", "gauss_legendre")
+RULES = ("riemann", "gauss_legendre", "adaptive")
 
 
-def path(steps: int, rule: str = "riemann") -> tuple[torch.Tensor, torch.Tensor]:
-    """Nodes in (0, 1] and their weights, float64 `(steps,)` each.
+@dataclass(frozen=True)
+class Path:
+    """Nodes in [0, 1] and their weights, float64 `(K,)` each.
+
+    Attributes:
+        tolerance: None for a rule that is the same for every layer and example. Else the nodes are only the first
+            ones: intervals are halved where their trapezoid misses the change of P by more than this part of P
+            (adaptive.py).
+    """
+
+    nodes: torch.Tensor
+    weights: torch.Tensor
+    tolerance: float | None = None
+
+
+def path(steps: int, rule: str = "riemann") -> Path:
+    """The nodes and weights of a rule.
 
     "riemann" is the paper's: k/m with weight 1/m, for k = 1..m. "gauss_legendre" integrates polynomials of
-    degree 2m - 1 exactly, so that fewer steps reach the same integral.
+    degree 2m - 1 exactly. "adaptive" begins with two trapezoids, and halves them until none is wrong by more than 1/m.
 
     Raises:
         ValueError: steps below 1, or another rule.
@@ -21,8 +38,11 @@ def path(steps: int, rule: str = "riemann") -> tuple[torch.Tensor, torch.Tensor]
         raise ValueError(f"steps is a whole number from 1 up, not {steps!r}")
     if rule == "riemann":
         nodes = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        return nodes, torch.full_like(nodes, 1 / steps)
+        return Path(nodes, torch.full_like(nodes, 1 / steps))
     if rule == "gauss_legendre":
         places, weights = numpy.polynomial.legendre.leggauss(steps)  # on [-1, 1]
-        return torch.from_numpy(places + 1) / 2, torch.from_numpy(weights) / 2
+        return Path(torch.from_numpy(places + 1) / 2, torch.from_numpy(weights) / 2)
+    if rule == "adaptive":
+        nodes, weights = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.5, 0.25]], dtype=torch.float64)
+        return Path(nodes, weights, tolerance=1 / steps)
     raise ValueError(f"quadrature is one of {', '.join(RULES)}, not {rule!r}")

@@ -17,7 +17,8 @@ from torch import nn
 from .neurons import NeuronLayer
 from .passes import Pass
 from .quadrature import path
-from .steps import LayerScores, layer_scores, record, sweep_scores
+from .scores import scores_of
+from .steps import LayerScores, record
 from .window import FastWayUnsupported
 
 # what was found for a model: the situations checked, and why it runs the plain way, if it does
@@ -99,8 +100,9 @@ def _scores(run: Pass, layers: list[NeuronLayer], skip: bool) -> tuple[list[Laye
     recording = record(run, layers, outputs=skip)
     half = any(torch.finfo(neurons.dtype).bits < 32 for neurons in recording.neurons.values())
     if skip and run.can_sweep and len(layers) > 1:
-        return sweep_scores(run, layers, recording, path(2)), half
-    return [layer_scores(run, layer, recording, path(2), max_rows=2, skip=skip) for layer in layers], half
+        return scores_of(run, layers, recording, path(2), max_rows=2, skip=skip), half
+    each = (scores_of(run, [layer], recording, path(2), max_rows=2, skip=skip) for layer in layers)
+    return [score for scores in each for score in scores], half
 
 
 def _three(layers: list[NeuronLayer]) -> list[NeuronLayer]:

@@ -32,15 +32,19 @@ class SharingUnsupported(RuntimeError):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which example each row is: examples `first` to `first + examples`, each `each` times, all that `times` times.
+    """Which example each row is: the examples `which`, each `each` times, all that `times` times.
 
     A sweep over three layers with two steps of two examples has the rows 0 0 1 1, 0 0 1 1, 0 0 1 1.
     """
 
-    first: int
-    examples: int
+    which: tuple[int, ...]
     each: int
     times: int
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return len(self.which)
 
     @staticmethod
     def of(rows: torch.Tensor) -> RowPlan:
@@ -53,9 +57,9 @@ class RowPlan:
         first = listed[0]
         each = next((i for i, row in enumerate(listed) if row != first), len(listed))
         period = next((i for i in range(each, len(listed)) if listed[i] == first), len(listed))
-        plan = RowPlan(first, period // each, each, len(listed) // period)
-        one = [first + example for example in range(plan.examples) for _ in range(each)]
-        if one * plan.times != listed:
+        plan = RowPlan(tuple(listed[:period:each]), each, len(listed) // period)
+        one = [example for example in plan.which for _ in range(each)]
+        if one * plan.times != listed or len(set(plan.which)) < plan.examples:
             raise SharingUnsupported("the rows of this pass do not repeat whole examples")
         return plan
 
@@ -64,12 +68,15 @@ class RowPlan:
         if count is None:
             return self
         if self.examples == 1:
-            return RowPlan(self.first, 1, count, 1)
-        return RowPlan(self.first, self.examples, self.each, count // (self.examples * self.each))
+            return RowPlan(self.which, count, 1)
+        return RowPlan(self.which, self.each, count // (self.examples * self.each))
 
     def of_examples(self, states: torch.Tensor) -> torch.Tensor:
-        """The part of `states` `(B, ...)` that belongs to the plan's examples."""
-        return states[self.first : self.first + self.examples]
+        """The part of `states` `(B, ...)` that belongs to the plan's examples; neighbours are read in place."""
+        first, last = self.which[0], self.which[-1]
+        if self.which == tuple(range(first, last + 1)):
+            return states[first : last + 1]
+        return states[list(self.which)]
 
     def grouped(self, states: torch.Tensor, heads: int) -> torch.Tensor:
         """`(R, heads * g, W, d)` as `(E, heads, n, g, W, d)`: the n rows of an example side by side."""

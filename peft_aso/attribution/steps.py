@@ -1,4 +1,4 @@
-"""Eq. 10-11 for one layer: all steps of the path, several examples at once, as the rows of batches."""
+"""Eq. 10-11: gradients at the nodes of the path, several examples and layers at once, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -18,77 +18,105 @@ _RECORDING_BUDGET = 2**27
 
 @dataclass
 class LayerScores:
-    """One layer's scores: `values * exp(log_size)` is Eq. 11; both float64, `(B, size)` and `(B,)`."""
+    """One layer's scores: `values * exp(log_size)` is Eq. 11; both float64, `(B, size)` and `(B,)`.
+
+    `nodes` is how many nodes were run for an example, in the mean.
+    """
 
     values: torch.Tensor
     log_size: torch.Tensor
+    nodes: float
+
+
+@dataclass
+class Gradients:
+    """What one layer's neurons do to log P, for E examples at K nodes of the path each.
+
+    Attributes:
+        examples: indices `(E,)` into the batch.
+        nodes: in [0, 1], float64 `(E, K)`.
+        log_p: log P with the layer's neurons scaled by the node, float64 `(E, K)`.
+        values: neuron * dlogP/dneuron there, summed over positions, `(E, K, size)`. The sum over neurons is the
+            derivative of log P by the node.
+    """
+
+    examples: torch.Tensor
+    nodes: torch.Tensor
+    log_p: torch.Tensor
+    values: torch.Tensor
+
+
+def every_example(run: Pass) -> torch.Tensor:
+    """The indices of the examples of a pass, `(B,)`."""
+    return torch.arange(run.batch_size, device=next(iter(run.positions.values())).device)
 
 
 def record(run: Pass, layers: list[NeuronLayer], outputs: bool) -> Recording:
     """One unscaled pass over every example of the batch, with the neurons of `layers` and log P_m."""
-    rows = torch.arange(run.batch_size, device=_device(run))
+    rows = every_example(run)
     with torch.no_grad(), recorded(layers, run.positions, outputs) as recording:
         recording.log_probability = _float64(run(rows))
     return recording
 
 
-def layer_scores(
+def layer_gradients(
     run: Pass,
     layer: NeuronLayer,
     recording: Recording,
-    path: tuple[torch.Tensor, torch.Tensor],
+    examples: torch.Tensor,
+    nodes: torch.Tensor,
     max_rows: int,
     skip: bool,
-) -> LayerScores:
-    """Eq. 11 for one layer: sum over steps of weight * neuron * dP/dneuron, summed over positions.
-
-    P is exp(log P), so dP/dn at step k is P_k * dlogP/dn. P_k may be far below float32's range: the sum is
-    taken relative to the largest P of the example, which `log_size` remembers.
+) -> Gradients:
+    """Gradients of one layer, in as many passes as `max_rows` asks for.
 
     Args:
-        path: nodes and weights, `(steps,)` each.
+        examples, nodes: of `Gradients`.
         skip: hand on the recorded output of the block below instead of running the blocks below.
     """
-    nodes, weights = path
-    count, device = len(nodes), _device(run)
-    rows = torch.arange(run.batch_size, device=device).repeat_interleave(count)
-    factors = nodes.repeat(run.batch_size)
-    logs, gradients = [], []
-    # whole examples, or a part of the steps of one: rows that share a prompt stay side by side
+    count = nodes.shape[1]
+    rows, factors = examples.repeat_interleave(count), nodes.flatten()
+    logs, values = [], []
+    # whole examples, or a part of the nodes of one: rows that share a prompt stay side by side
     size = max_rows // count * count if max_rows >= count else 0
-    sizes = size or [len(part) for _ in range(run.batch_size) for part in nodes.split(max_rows)]
+    sizes = size or [len(part) for each in nodes for part in each.split(max_rows)]
     for part_rows, part_factors in zip(rows.split(sizes), factors.split(sizes), strict=True):
         log_p, gradient = _rows(run, layer, recording, part_rows, part_factors, skip)
         logs.append(log_p)
-        gradients.append(gradient)
-    return _summed(torch.cat(logs), torch.cat(gradients), weights, run.batch_size)
+        values.append(gradient)
+    shape = (len(examples), count)
+    return Gradients(examples, nodes, torch.cat(logs).view(shape), torch.cat(values).view(*shape, -1))
 
 
-def sweep_scores(
-    run: Pass, layers: list[NeuronLayer], recording: Recording, path: tuple[torch.Tensor, torch.Tensor]
-) -> list[LayerScores]:
-    """`layer_scores` of several layers of one stack in one upward sweep (sweep.py), all steps at once."""
-    nodes, weights = path
-    rows = torch.arange(run.batch_size, device=_device(run)).repeat_interleave(len(nodes))
+def sweep_gradients(
+    run: Pass, layers: list[NeuronLayer], recording: Recording, nodes: torch.Tensor
+) -> list[Gradients]:
+    """Gradients of several layers of one stack at the nodes `(K,)`, of every example, in one sweep (sweep.py)."""
+    examples = every_example(run)
+    rows = examples.repeat_interleave(len(nodes))
     factors, positions = nodes.repeat(run.batch_size), run.positions[layers[0].stack][rows]
     with swept(layers, recording, run.batch_size, rows, factors, positions) as leaves:
         log_p = run(rows.repeat(len(layers)))
         gradients = torch.autograd.grad(log_p.sum(), leaves)
-    wide = _float64(log_p.detach()).view(len(layers), len(rows))
+    wide = _float64(log_p.detach()).view(len(layers), run.batch_size, -1)
+    at = nodes.expand(run.batch_size, -1)
     found = []
     for layer, logs, gradient in zip(layers, wide, gradients, strict=True):
-        own = recording.neurons_of(layer, rows)
-        found.append(_summed(logs, (gradient * own).sum(1).to(wide.device), weights, run.batch_size))
+        values = (gradient * recording.neurons_of(layer, rows)).sum(1).to(wide.device)
+        found.append(Gradients(examples, at, logs, values.view(*logs.shape, -1)))
     return found
 
 
-def _summed(log_p: torch.Tensor, gradient: torch.Tensor, weights: torch.Tensor, batch_size: int) -> LayerScores:
-    """The sum of Eq. 11 over the steps, from log P_k `(R,)` and the gradients of log P_k `(R, size)`."""
-    log_p = log_p.view(batch_size, -1)
-    gradient = gradient.view(*log_p.shape, -1)
-    log_size = log_p.amax(1)
-    share = torch.exp(log_p - log_size[:, None]) * weights.to(log_p)
-    return LayerScores(torch.einsum("bk,bkn->bn", share, gradient.to(share.dtype)), log_size)
+def summed(found: Gradients, weights: torch.Tensor) -> LayerScores:
+    """Eq. 11 as a weighted sum over the nodes, `weights` `(K,)` or `(E, K)`, examples in the order that they have.
+
+    P is exp(log P), so dP/dn at a node is P * dlogP/dn. P may be far below float32's range: the sum is taken relative
+    to the largest P of the example, which `log_size` remembers.
+    """
+    log_size = found.log_p.amax(1)
+    share = torch.exp(found.log_p - log_size[:, None]) * weights.to(found.log_p)
+    values = torch.einsum("bk,bkn->bn", share, found.values.to(share.dtype))
+    return LayerScores(values, log_size, nodes=share.shape[1])
 
 
 def _rows(
@@ -135,10 +163,6 @@ def sweeps(layers: list[NeuronLayer], rows: int, budget: RowBudget) -> list[list
         found[-1].append(layer)
         held += cost
     return found
-
-
-def _device(run: Pass) -> torch.device:
-    return next(iter(run.positions.values())).device
 
 
 def _float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,12 +27,15 @@ class AttributionVector:
             where some scaled model finds the answer so much likelier that float32 would overflow.
         layout: `(module name, start, stop)` for each layer in order; module names are relative to the
             transformers model, without wrappers such as PEFT's.
+        nodes: at how many nodes of the path (Eq. 10) the gradient was taken, mean over layers and examples; None where
+            the vector does not come from `integrated_gradients`.
     """
 
     values: torch.Tensor
     log_probability: torch.Tensor
     log_scale: torch.Tensor
     layout: Layout
+    nodes: float | None = None
 
     def __post_init__(self) -> None:
         self.layout = [(str(name), int(start), int(stop)) for name, start, stop in self.layout]
@@ -111,6 +114,7 @@ class AttributionVector:
             self.log_probability.to(device),
             self.log_scale.to(device),
             list(self.layout),
+            self.nodes,
         )
 
     def __len__(self) -> int:
@@ -125,11 +129,13 @@ class AttributionVector:
         for vector in vectors[1:]:
             first.check_layout(vector)
         device = first.values.device
+        nodes, total = [vector.nodes for vector in vectors], sum(len(vector) for vector in vectors)
         return AttributionVector(
             torch.cat([vector.values.to(device) for vector in vectors]),
             torch.cat([vector.log_probability.to(device) for vector in vectors]),
             torch.cat([vector.log_scale.to(device) for vector in vectors]),
             list(first.layout),
+            None if None in nodes else sum(len(each) * (each.nodes or 0) for each in vectors) / max(1, total),
         )
 
 

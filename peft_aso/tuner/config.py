@@ -42,7 +42,8 @@ class AttributionConfig:
         steps (`int`):
             m of Eq. 11, the number of points at which the gradient is taken.
         quadrature (`str`):
-            `"riemann"` (right Riemann sum, the paper) or `"gauss_legendre"`.
+            `"riemann"` (right Riemann sum, the paper), `"gauss_legendre"`, or `"adaptive"`: for each layer and example
+            as few nodes as it takes for the change of P to come out right to a part 1/m (docs/performance.md).
         neurons (`str` or `list[str]`, *optional*):
             Which modules' inputs are the FFN neurons: a regular expression that matches the whole module
             name, or a list of name endings. `None` finds the down projections by structure.
@@ -79,7 +80,7 @@ class AttributionConfig:
     """
 
     steps: int = 20
-    quadrature: Literal["riemann", "gauss_legendre"] = "riemann"
+    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = "riemann"
     neurons: str | list[str] | None = None
     stacks: Literal["all", "encoder", "decoder"] = "all"
     max_rows: int | None = None
@@ -95,7 +96,7 @@ class AttributionConfig:
     probe_size: int = 16
 
     def __post_init__(self) -> None:
-        _check_choice("quadrature", self.quadrature, ("riemann", "gauss_legendre"))
+        _check_choice("quadrature", self.quadrature, ("riemann", "gauss_legendre", "adaptive"))
         _check_choice("stacks", self.stacks, ("all", "encoder", "decoder"))
         _check_choice("attribution_model", self.attribution_model, ("auto", "cumulative", "task"))
         _check_choice("aggregation", self.aggregation, ("per_example", "mean"))

@@ -9,7 +9,8 @@ from peft_aso.attribution.quadrature import path
 
 
 def test_riemann_is_the_papers_right_sum() -> None:
-    nodes, weights = path(20)
+    rule = path(20)
+    nodes, weights = rule.nodes, rule.weights
     assert nodes.tolist() == pytest.approx([k / 20 for k in range(1, 21)])
     assert weights.tolist() == pytest.approx([1 / 20] * 20)
     assert nodes[-1] == 1.0
@@ -17,7 +18,8 @@ def test_riemann_is_the_papers_right_sum() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
 def test_gauss_legendre_integrates_polynomials_exactly(steps: int) -> None:
-    nodes, weights = path(steps, "gauss_legendre")
+    rule = path(steps, "gauss_legendre")
+    nodes, weights = rule.nodes, rule.weights
     assert torch.all((nodes > 0) & (nodes < 1))
     for degree in range(2 * steps):
         assert float((weights * nodes**degree).sum()) == pytest.approx(1 / (degree + 1), abs=1e-12)

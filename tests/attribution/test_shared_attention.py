@@ -25,17 +25,19 @@ SHARES = ["llama", "mistral", "qwen2", "gpt2", "opt", "gpt_neox", "phi", "t5", "
 
 
 @pytest.mark.parametrize(
-    "plan", [RowPlan(0, 2, 3, 4), RowPlan(1, 3, 2, 1), RowPlan(0, 1, 5, 1), RowPlan(2, 1, 1, 1), RowPlan(0, 4, 1, 2)]
+    ("which", "each", "times"), [((0, 1), 3, 4), ((1, 3, 0), 2, 1), ((0,), 5, 1), ((2,), 1, 1), ((0, 1, 2, 3), 1, 2)]
 )
-def test_a_plan_is_read_off_its_rows(plan: RowPlan) -> None:
-    rows = torch.arange(plan.first, plan.first + plan.examples).repeat_interleave(plan.each).repeat(plan.times)
+def test_a_plan_is_read_off_its_rows(which: tuple[int, ...], each: int, times: int) -> None:
+    plan = RowPlan(which, each, times)
+    rows = torch.tensor(which).repeat_interleave(each).repeat(times)
     assert RowPlan.of(rows) == plan
     states = torch.randn(len(rows), 6, 2, 4)
     grouped = plan.grouped(states, heads=3)
-    for example in range(plan.examples):
-        own = states[rows == plan.first + example]  # (n, 6, 2, 4)
+    for example, place in enumerate(which):
+        own = states[rows == place]  # (n, 6, 2, 4)
         assert torch.equal(grouped[example].permute(1, 0, 2, 3, 4).flatten(1, 2), own)
     assert torch.equal(plan.ungrouped(grouped), states.transpose(1, 2))
+    assert torch.equal(plan.of_examples(torch.arange(5)), torch.tensor(which))
 
 
 def test_rows_that_follow_no_plan_are_refused() -> None:
@@ -43,6 +45,8 @@ def test_rows_that_follow_no_plan_are_refused() -> None:
         RowPlan.of(torch.tensor([0, 0, 1]))
     with pytest.raises(SharingUnsupported):
         RowPlan.of(torch.tensor([1, 0, 0, 1]))
+    with pytest.raises(SharingUnsupported):
+        RowPlan.of(torch.tensor([0, 1, 2, 1]))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -111,7 +115,7 @@ def test_the_models_attention_is_put_back() -> None:
 
 def offered(handover: Handover) -> Cache:
     keys = torch.randn(1, 2, 5, 4)
-    layer = FixedLayer(keys, keys, torch.zeros(3, dtype=torch.long), handover, RowPlan(0, 1, 3, 1))
+    layer = FixedLayer(keys, keys, torch.zeros(3, dtype=torch.long), handover, RowPlan((0,), 3, 1))
     return Cache(layers=[layer])
 
 
@@ -128,7 +132,7 @@ def test_a_prompt_that_nobody_takes_is_an_error() -> None:
 @pytest.mark.parametrize("odd", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}])
 def test_unknown_terms_of_an_attention_are_refused(odd: dict[str, object]) -> None:
     handover = Handover()
-    handover.offer(Prompt(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), RowPlan(0, 1, 3, 1), whole=False))
+    handover.offer(Prompt(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), RowPlan((0,), 3, 1), whole=False))
     new = torch.randn(3, 2, 1, 4)
     with pytest.raises(SharingUnsupported, match="softcap"), sharing(tiny("llama"), handover):
         shared_prompt_attention(torch.nn.Module(), new, new, new, None, **odd)  # type: ignore[arg-type]
