@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import logging
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tasks import AnswerDataset, Task, accuracy, load_model, read_task, task_names
+from tasks import AnswerDataset, Task, accuracy, bf16_is_faster, load_model, read_task, task_names
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
 from peft_aso import (
@@ -78,22 +77,6 @@ def settings(args: argparse.Namespace, seq2seq: bool, **changes: Any) -> ASOLora
         penalty_weight=args.penalty_weight,
         **{"attribution": attribution(args), **changes},
     )
-
-
-@functools.cache
-def bf16_is_faster() -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.ones(512, 1024, dtype=dtype, device=device) for _ in range(2))
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            (a @ b.T).sum().item()
-            times.append(time.perf_counter() - started)
-        best[dtype] = min(times)
-    return best[torch.bfloat16] < best[torch.float32]
 
 
 def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> None:

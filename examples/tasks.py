@@ -6,8 +6,10 @@ A task is a folder with `train.jsonl` and `test.jsonl` (one object a line: `prom
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,13 @@ class Task:
     test: list[tuple[str, str]]
 
 
-def read_task(folder: Path, train_limit: int | None = None, test_limit: int | None = None) -> Task:
+def read_task(
+    folder: Path, train_limit: int | None = None, test_limit: int | None = None, full: bool = False
+) -> Task:
     """Read a task folder; examples whose answer is not one of the options are dropped, and counted aloud.
+
+    Args:
+        full: `train_full.jsonl` and `test_full.jsonl` where the task has them.
 
     Raises:
         SystemExit: a file is missing or not in the format, with the line that is wrong.
@@ -43,17 +50,23 @@ def read_task(folder: Path, train_limit: int | None = None, test_limit: int | No
     options = json.loads(labels.read_text(encoding="utf-8"))
     parts = []
     for name, limit in (("train", train_limit), ("test", test_limit)):
-        rows = []
-        for number, line in enumerate((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(), start=1):
-            row = json.loads(line)
-            if "prompt" not in row or "answer" not in row:
-                raise SystemExit(f"{folder}/{name}.jsonl, line {number}: needs `prompt` and `answer`.")
-            rows.append((row["prompt"], row["answer"]))
+        path = folder / f"{name}_full.jsonl"
+        rows = _rows(path if full and path.is_file() else folder / f"{name}.jsonl")
         kept = [row for row in rows if row[1] in options]
         if len(kept) < len(rows):
             print(f"{folder.name}/{name}: {len(rows) - len(kept)} examples without a valid answer dropped")
         parts.append(kept[:limit])
     return Task(folder.name, options, *parts)
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        row = json.loads(line)
+        if "prompt" not in row or "answer" not in row:
+            raise SystemExit(f"{path}, line {number}: needs `prompt` and `answer`.")
+        found.append((row["prompt"], row["answer"]))
+    return found
 
 
 def task_names(folder: Path) -> list[str]:
@@ -128,18 +141,34 @@ def shorten(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else ids[: limit // 2] + ids[len(ids) - (limit - limit // 2) :]
 
 
+@functools.cache
+def bf16_is_faster() -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(512, 1024, dtype=dtype, device=device) for _ in range(2))
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            (a @ b.T).sum().item()
+            times.append(time.perf_counter() - started)
+        best[dtype] = min(times)
+    return best[torch.bfloat16] < best[torch.float32]
+
+
 @torch.no_grad()
-def accuracy(
+def generated_answers(
     model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512
-) -> float:
-    """Share of the task's test examples whose generated answer is exactly right (greedy, stripped)."""
+) -> list[str]:
+    """What the model answers to each test prompt, greedily, as long as the longest option at most."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     longest = max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
     ids = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    right = 0
+    found = [""] * len(order)
     for start in tqdm(range(0, len(order), batch_size), desc=desc or task.name, leave=False, unit="batch"):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
@@ -154,7 +183,15 @@ def accuracy(
         )
         if not model.config.is_encoder_decoder:
             output = output[:, batch["input_ids"].shape[1] :]
-        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
-        right += sum(given.strip() == task.test[i][1].strip() for given, i in zip(answers, chosen, strict=True))
+        for index, answer in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            found[index] = answer
     model.train(was_training)
-    return right / len(order)
+    return found
+
+
+def accuracy(
+    model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512
+) -> float:
+    """Share of the task's test examples whose generated answer is exactly right (greedy, stripped)."""
+    answers = generated_answers(model, tokenizer, task, batch_size, desc, max_tokens)
+    return sum(given.strip() == row[1].strip() for given, row in zip(answers, task.test, strict=True)) / len(answers)

@@ -75,7 +75,8 @@ def test_every_line_runs_on_a_tiny_llama(command: Any, tmp_path: Path) -> None:
     run_ones = {line.name for line in command.LINES if "causal" in line.kinds}
     assert all(any(found == name or found.startswith(f"{name}.") for found in names(result)) for name in run_ones)
     pictures = {path.name for path in (tmp_path / "speed").iterdir()}
-    assert {f"{name}.{kind}" for name in ("quadrature", "path", "probe_size") for kind in ("csv", "png", "svg")} <= pictures
+    topics = ("quadrature", "path", "probe_size")
+    assert {f"{name}.{kind}" for name in topics for kind in ("csv", "png", "svg")} <= pictures
 
 
 def test_every_line_of_an_encoder_decoder_runs_on_a_tiny_t5_and_bert(command: Any, tmp_path: Path) -> None:

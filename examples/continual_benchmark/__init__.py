@@ -1,0 +1,1 @@
+"""The paper's experiment: continual-learning methods over orders of tasks, on equal footing."""

@@ -1,0 +1,108 @@
+"""A whole run: an order of tasks learned one after another, all tested after each."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+from tasks import Task, load_model
+from transformers import set_seed
+
+from .alone import alone_folder, learn_alone
+from .data import read_tasks
+from .evaluation import correct
+from .methods import METHODS, Method
+from .orders import order_of, short
+from .results import Correct, RunFolder, folder_of
+from .scores import summary
+from .settings import Settings
+from .training import in_bf16, learn
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Run, or go on with a run that was stopped; the results, which are on disk too.
+
+    Raises:
+        SystemExit: settings that are wrong, tasks that are not there, a folder that holds another run.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    names = order_of(settings.order)
+    tasks = read_tasks(names, settings)
+    folder = RunFolder(folder_of(settings, short(names)), settings.chosen())
+    load = functools.cache(functools.partial(_load, settings.model))
+    kind = METHODS[settings.method]
+    if kind.alone:
+        stages = _as_stages(tasks, learn_alone(tasks, settings, load))
+    else:
+        stages = folder.stages()
+        if len(stages) < len(tasks):
+            base = load()
+            set_seed(settings.seed)  # some methods make their weights here
+            _learn_chain(tasks, settings, folder, kind(*base, settings))
+            stages = folder.stages()
+    reference = None
+    if not (settings.no_reference and not kind.alone):
+        load = functools.cache(functools.partial(_load, settings.model))  # the base model, untouched
+        reference = {name: each["correct"] for name, each in learn_alone(tasks, settings, load).items()}
+    results = {
+        "title": kind.title,
+        "tasks": list(names),
+        "settings": settings.chosen(),
+        "stages": stages,
+        "alone": reference,
+        "alone in": str(alone_folder(settings)) if reference is not None else None,
+        "summary": summary(names, [stage["correct"] for stage in stages], reference),
+    }
+    folder.finish(results)
+    return {**results, "folder": str(folder.path)}
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    model, tokenizer = load_model(name)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, method: Method) -> None:
+    done = len(folder.stages())
+    if done:
+        print(f"Going on after {tasks[done - 1].name}, which {folder.path} has.")
+        method.restore(folder.state(done - 1), tasks[:done])
+    for index, task in enumerate(tasks[done:], start=done):
+        print(f"\n=== {method.title}, stage {index + 1} of {len(tasks)}: {task.name} ===", flush=True)
+        started = time.time()
+        log = learn(method, task, index, settings)
+        trained = time.time()
+        right = _test(method, tasks[: index + 1], settings)
+        seconds = {"training": trained - started, "testing": time.time() - trained}
+        stage = {"task": task.name, "correct": right, "log": log, "seconds": seconds, **method.facts(task)}
+        folder.add_stage(stage, method.save)
+        print(_line(right) + f"   ({time.time() - started:.0f} s)", flush=True)
+
+
+def _test(method: Method, tasks: list[Task], settings: Settings) -> Correct:
+    found = {}
+    for task in tasks:
+        with method.predict(task) as model:
+            found[task.name] = correct(
+                model, method.tokenizer, task, settings.score, settings.max_tokens, in_bf16(settings)
+            )
+    return found
+
+
+def _as_stages(tasks: list[Task], alone: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Models that forget nothing: after each stage every earlier task is as it was."""
+    stages = []
+    for index, task in enumerate(tasks):
+        right = {each.name: alone[each.name]["correct"] for each in tasks[: index + 1]}
+        stages.append({**alone[task.name], "correct": right})
+    return stages
+
+
+def _line(right: Correct) -> str:
+    def percent(answers: list[bool]) -> str:
+        return f"{100 * sum(answers) / len(answers):.0f}%"
+
+    return ", ".join(f"{name} {' / '.join(percent(each) for each in ways.values())}" for name, ways in right.items())

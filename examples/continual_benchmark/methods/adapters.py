@@ -1,0 +1,92 @@
+"""One adapter a task, earlier ones frozen: ASO-LoRA, O-LoRA and IncLoRA, which are one code path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from tasks import Task
+
+from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionConfig, load_chain, save_chain
+
+from .base import Method
+
+
+class ASOLoRA(Method):
+    """Soft orthogonality: the more the knowledge neurons of two tasks agree, the weaker the push apart."""
+
+    title = "ASO-LoRA"
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Any) -> None:
+        super().__init__(model, tokenizer, settings)
+        self.trainer = ASOSeq2SeqTrainer if self.seq2seq else ASOTrainer
+
+    def config(self, index: int) -> ASOLoraConfig:
+        """The settings of task number `index`."""
+        chosen = self.settings
+        weights = chosen.penalty_weight
+        return ASOLoraConfig(
+            **{name: value for name, value in self.lora().to_dict().items() if name in _LORA},
+            forward_history=chosen.forward_history,
+            penalty=chosen.penalty,
+            penalty_weight=None if weights is None else weights[index if len(weights) > 1 else 0],
+            l2_weight=chosen.l2_weight,
+            project_init=chosen.project_init,
+            attribution=AttributionConfig(
+                steps=chosen.steps,
+                quadrature=chosen.quadrature,
+                attribution_model=chosen.attribution_model,
+                aggregation=chosen.aggregation,
+                absolute=chosen.absolute,
+                similarity=chosen.similarity,
+                granularity=chosen.granularity,
+                source=chosen.source,
+                clip=chosen.clip,
+                refresh=chosen.refresh,
+                probe_size=chosen.probe,
+            ),
+        )
+
+    def start_task(self, task: Task, index: int) -> None:
+        if index == 0:
+            self.model = get_peft_model(self.model, self.config(index), adapter_name=task.name)
+        else:
+            self.model.add_adapter(task.name, self.config(index))
+            self.model.set_adapter(task.name)
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        config = self.model.peft_config[task.name]
+        return {"psi": config.soft_coefficients or {}, "similarity": config.similarities or {}}
+
+    def save(self, folder: Path) -> None:
+        save_chain(self.model, folder / "chain")
+
+    def restore(self, folder: Path, learned: Sequence[Task]) -> None:
+        self.model = load_chain(self.model, folder / "chain")
+
+
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type")
+
+
+class OLoRA(ASOLoRA):
+    """Hard orthogonality, as published: psi is 1 and the penalty a sum of absolute values."""
+
+    title = "O-LoRA"
+
+    def config(self, index: int) -> ASOLoraConfig:
+        found = super().config(index)
+        found.attribution.similarity, found.penalty = "none", "l1"
+        return found
+
+
+class IncLoRA(ASOLoRA):
+    """No penalty."""
+
+    title = "IncLoRA"
+
+    def config(self, index: int) -> ASOLoraConfig:
+        found = super().config(index)
+        found.attribution.similarity, found.penalty_weight = "none", 0.0
+        return found

@@ -1,0 +1,137 @@
+"""What a method is asked at the four points of a chain: a task starts, a loss is taken, a task ends, a test comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file, save_file
+from tasks import Task
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+Inputs = dict[str, Any]
+
+
+class LossTrainer(Trainer):
+    """transformers' Trainer with what the method adds to the loss."""
+
+    method: Method
+
+    def compute_loss(
+        self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            more = self.method.training_loss(inputs, outputs)
+            loss = loss if more is None else loss + more
+        return (loss, outputs) if return_outputs else loss
+
+
+class Method:
+    """A way to learn tasks one after another. Subclasses say what is their own and inherit the rest: nothing.
+
+    Attributes:
+        title: its name in tables.
+        model: what is trained and tested; a method sets it anew where a task asks for more weights.
+        alone: every task has a model of its own, so that no order matters.
+    """
+
+    title = ""
+    alone = False
+    trainer: type[Trainer] = LossTrainer
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.seq2seq = bool(model.config.is_encoder_decoder)
+        self.device = model.device
+
+    @classmethod
+    def scope_of(cls, settings: Settings) -> str:
+        """What is trained: "lora" or "full"."""
+        return "lora"
+
+    @property
+    def learning_rate(self) -> float:
+        return self.settings.lr if self.scope_of(self.settings) == "lora" else self.settings.lr_full
+
+    # ---- the four points ------------------------------------------------------------------------------------------
+
+    def start_task(self, task: Task, index: int) -> None:
+        """Before the training on task number `index`."""
+
+    def training_rows(self, task: Task) -> list[tuple[str, str]]:
+        """What is trained on."""
+        return task.train
+
+    def training_loss(self, inputs: Inputs, outputs: Any) -> torch.Tensor | None:
+        """What comes to the loss of a batch."""
+        return None
+
+    def end_task(self, task: Task, examples: Dataset[Any]) -> None:
+        """After the training, with the tokenized examples that it had."""
+
+    @contextmanager
+    def predict(self, task: Task) -> Iterator[Any]:
+        """The model that answers; the task's name is there for methods that need it, and most do not."""
+        yield self.model
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """What else is worth writing down about the task that has just ended, as JSON."""
+        return {}
+
+    # ---- going on after a stop ------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write what the next task needs."""
+        tensors = {name: p.detach().contiguous().cpu() for name, p in self.trained().items()}
+        save_file(
+            {**tensors, **{f"method.{name}": value for name, value in self.memory().items()}},
+            folder / "model.safetensors",
+        )
+
+    def restore(self, folder: Path, learned: Sequence[Task]) -> None:
+        """Be as `save` found it, `learned` being the tasks until then."""
+        tensors = load_file(folder / "model.safetensors")
+        trained = self.trained()
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors.pop(name))
+        self.remember({name.removeprefix("method."): value for name, value in tensors.items()}, learned)
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The weights that are trained, by name; tied ones once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """What the method keeps beside weights."""
+        return {}
+
+    def remember(self, memory: dict[str, torch.Tensor], learned: Sequence[Task]) -> None:
+        """The opposite of `memory`."""
+
+    def targets(self) -> list[str]:
+        """The modules that adapters are put on: the run's, or those that PEFT has for LoRA on this architecture."""
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+            self.model.config.model_type, ["q_proj", "v_proj"]
+        )
+        return list(self.settings.target_modules or known)
+
+    def lora(self) -> LoraConfig:
+        """Stock LoRA with the run's settings."""
+        chosen = self.settings
+        return LoraConfig(
+            r=chosen.rank,
+            lora_alpha=chosen.alpha,
+            lora_dropout=chosen.dropout,
+            target_modules=self.targets(),
+            task_type="SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM",
+        )

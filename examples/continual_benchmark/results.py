@@ -1,0 +1,85 @@
+"""A run on disk: its settings, one file a stage, the state to go on from, and at the end the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .settings import Settings
+
+Correct = dict[str, dict[str, list[bool]]]  # task, way of scoring, test example
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Raises:
+        SystemExit: it holds a run of other settings, which is left as it is.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        file = path / "settings.json"
+        if file.is_file():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            other = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+            if other:
+                changes = ", ".join(
+                    f"{name} {there.get(name)!r}, not {settings.get(name)!r}" for name in sorted(other)
+                )
+                raise SystemExit(
+                    f"{path} holds a run of other settings ({changes}). It stays as it is: give this run a folder of "
+                    "its own with --name, or move that one away."
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+
+    def stages(self) -> list[dict[str, Any]]:
+        """What the finished stages came to, in order."""
+        found = []
+        while (file := self._stage(len(found))).is_file():
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        return found
+
+    def add_stage(self, stage: dict[str, Any], save: Callable[[Path], None]) -> None:
+        """Write one more stage and the state after it; the state of the one before goes."""
+        number = len(self.stages())
+        state, new = self.state(number), self.path / "state.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save(new)
+        shutil.rmtree(state, ignore_errors=True)
+        os.replace(new, state)
+        write_json(self._stage(number), stage)  # last: a stage counts when its state is there
+        if number > 0:
+            shutil.rmtree(self.state(number - 1), ignore_errors=True)
+
+    def state(self, number: int) -> Path:
+        """The folder with the state after stage `number`."""
+        return self.path / f"state_{number + 1:02d}"
+
+    def finish(self, results: dict[str, Any]) -> Path:
+        """Write the results; the last state stays."""
+        write_json(self.path / "results.json", results)
+        return self.path / "results.json"
+
+    def _stage(self, number: int) -> Path:
+        return self.path / "stages" / f"{number + 1:02d}.json"
+
+
+def folder_of(settings: Settings, order: str) -> Path:
+    """Where a run goes: `--name`, or its method, order and seed."""
+    scope = "-full" if settings.scope == "full" else ""
+    return settings.out / (settings.name or f"{settings.method}{scope}-order{order}-seed{settings.seed}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)

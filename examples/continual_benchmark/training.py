@@ -1,0 +1,86 @@
+"""The training of one task, the same for every method."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import zlib
+from typing import Any
+
+import torch
+from tasks import AnswerDataset, Task, bf16_is_faster
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+    set_seed,
+)
+
+from .methods import Method
+from .settings import Settings
+
+
+class Bar(ProgressCallback):
+    """The Trainer's progress bar without a line for each step: the logs go into the results."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
+
+
+def seed_of(settings: Settings, task: Task) -> int:
+    """A seed for each task, the same wherever it stands in an order, and where it is learned alone."""
+    return zlib.crc32(f"{settings.seed} {task.name}".encode()) % 2**31
+
+
+def in_bf16(settings: Settings) -> bool:
+    """Whether products are taken in bfloat16."""
+    return bf16_is_faster() if settings.precision == "auto" else settings.precision == "bf16"
+
+
+def learn(method: Method, task: Task, index: int, settings: Settings) -> list[dict[str, float]]:
+    """Train `method` on task number `index`; what was logged at each step.
+
+    Raises:
+        RuntimeError: the loss is not a number any more.
+    """
+    seed = seed_of(settings, task)
+    set_seed(seed)
+    method.start_task(task, index)
+    rows = AnswerDataset(method.training_rows(task), method.tokenizer, method.seq2seq, settings.max_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (Seq2SeqTrainingArguments if method.seq2seq else TrainingArguments)(
+            output_dir=folder,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=method.learning_rate,
+            weight_decay=0.0,
+            lr_scheduler_type="constant",
+            bf16=in_bf16(settings),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=seed,
+        )
+        trainer: Any = method.trainer(
+            model=method.model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(method.tokenizer, padding=True),
+        )
+        trainer.method = method
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar())
+        trainer.train()
+        logs = [_numbers(entry) for entry in trainer.state.log_history if "loss" in entry]
+    method.end_task(task, rows)
+    if not all(math.isfinite(entry["loss"]) for entry in logs):
+        raise RuntimeError(f"{task.name}: the loss is not a number any more; lower --lr, or use --precision float32.")
+    return logs
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
