@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from .alone import alone_folder, learn_alone
 from .data import read_tasks
-from .evaluation import correct
+from .evaluation import correct, output_similarity
 from .methods import METHODS, Method
 from .orders import order_of, short
 from .results import Correct, RunFolder, folder_of
@@ -78,6 +78,8 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, metho
         right = _test(method, tasks[: index + 1], settings)
         seconds = {"training": trained - started, "testing": time.time() - trained}
         stage = {"task": task.name, "correct": right, "log": log, "seconds": seconds, **method.facts(task)}
+        if index == len(tasks) - 1:
+            stage["outputs"] = output_similarity(method.model, method.tokenizer, tasks, settings.max_tokens)
         folder.add_stage(stage, method.save)
         print(_line(right) + f"   ({time.time() - started:.0f} s)", flush=True)
 

@@ -54,6 +54,35 @@ def likeliest(model: Any, tokenizer: Any, task: Task, max_tokens: int = 512) -> 
     return found
 
 
+def output_similarity(
+    model: Any, tokenizer: Any, tasks: list[Task], max_tokens: int = 512
+) -> dict[str, dict[str, float]]:
+    """How alike the model's answers are from task to task: the cosine of the mean distributions over the first token of
+    the answer (Figure 5)."""
+    training = model.training
+    model.eval()
+    means = {task.name: _mean_distribution(model, tokenizer, task, max_tokens) for task in tasks}
+    model.train(training)
+    return {a: {b: float(torch.cosine_similarity(means[a], means[b], dim=0)) for b in means} for a in means}
+
+
+@torch.no_grad()
+def _mean_distribution(model: Any, tokenizer: Any, task: Task, max_tokens: int) -> torch.Tensor:
+    prompts = sorted((shorten(tokenizer(prompt).input_ids, max_tokens) for prompt, _ in task.test), key=len)
+    total = torch.zeros(())
+    for start in tqdm(range(0, len(prompts), BATCH), desc=f"{task.name}, outputs", unit="batch", leave=False):
+        side = "right" if model.config.is_encoder_decoder else "left"
+        some = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side=side, return_tensors="pt")
+        some = some.to(model.device)
+        if model.config.is_encoder_decoder:
+            first = torch.full_like(some["input_ids"][:, :1], model.config.decoder_start_token_id)
+            logits = model(**some, decoder_input_ids=first).logits
+        else:
+            logits = model(**some, logits_to_keep=1).logits
+        total = total + torch.softmax(logits[:, -1].float(), -1).sum(0).cpu()
+    return total / len(prompts)
+
+
 def _causal(model: Any, tokenizer: Any, prompts: list[list[int]], options: list[list[int]]) -> torch.Tensor:
     """Summed log-probabilities `(prompts, options)`: each prompt is run once, and each option on its cache."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)

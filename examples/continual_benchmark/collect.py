@@ -1,0 +1,97 @@
+"""Finished runs, read from their folders and put together: seeds of one thing, things of one order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .orders import short
+
+# two runs that differ in these alone are the same thing, and stand in one row
+_FREE = ("seed", "order")
+# settings that say how much was run; runs that differ here are not to be compared
+SCALE = ("model", "data", "full", "train_limit", "test_limit", "validation", "epochs", "batch_size")
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        label: the method's name, and the settings in which it differs from other runs of that method here.
+        order: the number of its order, or its tasks' names.
+    """
+
+    path: Path
+    results: dict[str, Any]
+    label: str
+    order: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.results["settings"]
+        return found
+
+    def number(self, way: str, name: str) -> float | None:
+        """AA, FM, FWT or BWT."""
+        value: float | None = self.results["summary"][way].get(name)
+        return value
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """All finished runs in these folders and in folders within them.
+
+    Raises:
+        SystemExit: none.
+    """
+    folders = list(folders)
+    paths = sorted({path for folder in folders for path in folder.rglob("results.json")})
+    if not paths:
+        raise SystemExit(f"No results.json in {', '.join(map(str, folders))}: run.py writes one when a run is done.")
+    found = []
+    for path in paths:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if "summary" in results and "stages" in results:
+            found.append(Run(path.parent, results, results["title"], short(results["tasks"])))
+    for run in found:
+        run.label = _label(run, found)
+    return found
+
+
+def _label(run: Run, runs: Sequence[Run]) -> str:
+    """The method, and what sets this run apart from the first of its method."""
+    same = [other for other in runs if other.settings["method"] == run.settings["method"]]
+    apart = [
+        name
+        for name in run.settings
+        if name not in _FREE and any(other.settings.get(name) != run.settings[name] for other in same)
+    ]
+    words = [f"{name.replace('_', ' ')} {_shown(run.settings[name])}" for name in apart]
+    return run.results["title"] + (f" ({', '.join(words)})" if words else "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(str, value))
+    return (
+        {True: "yes", False: "no", None: "default"}.get(value, str(value))
+        if not isinstance(value, float)
+        else f"{value:g}"
+    )
+
+
+def comparable(runs: Sequence[Run]) -> None:
+    """Refuse to put runs of different scale into one table.
+
+    Raises:
+        SystemExit: with what differs.
+    """
+    for name in SCALE:
+        values = {json.dumps(run.settings.get(name)) for run in runs}
+        if len(values) > 1:
+            raise SystemExit(
+                f"These runs differ in {name} ({', '.join(sorted(values))}): give folders whose runs belong together."
+            )

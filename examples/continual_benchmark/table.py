@@ -1,0 +1,165 @@
+"""Finished runs in the shape of the paper's tables.
+
+python examples/continual_benchmark/table.py runs/continual_benchmark                    # Tables 1, 2, 7: AA by order
+python examples/continual_benchmark/table.py runs/continual_benchmark --shape tasks      # Tables 3, 8: task by task
+python examples/continual_benchmark/table.py runs/continual_benchmark --against inc_lora # paired differences
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
+
+from continual_benchmark.collect import Run, comparable, read_runs
+from continual_benchmark.orders import order_of
+from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
+from continual_benchmark.scores import difference
+
+Rows = list[list[str]]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="table.py", description="Finished runs in the shape of the paper's tables.")
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
+    add("--shape", choices=["orders", "tasks", "measures"], default="orders",
+        help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), or AA, FM, BWT and FWT of each run")  # fmt: skip
+    add("--way", choices=["generate", "options"], default="generate", help="how answers were scored")
+    add("--against", metavar="METHOD", help="instead: difference in AA to this method, paired 95%% intervals")
+    add("--paper", choices=sorted(AVERAGE_ACCURACY), help="the paper's numbers for this model beside ours")
+    add("--latex", action="store_true", help="LaTeX instead of Markdown")
+    return parser.parse_args(arguments)
+
+
+def table(options: argparse.Namespace) -> str:
+    """The table as text."""
+    runs = [run for run in read_runs(options.folders) if options.way in run.results["summary"]]
+    if not runs:
+        raise SystemExit(f"No run there was scored by --way {options.way}.")
+    comparable(runs)
+    if options.against:
+        rows = by_difference(runs, options.way, options.against)
+    elif options.shape == "tasks":
+        rows = by_task(runs, options.way, options.paper)
+    elif options.shape == "measures":
+        rows = by_measure(runs, options.way)
+    else:
+        rows = by_order(runs, options.way, options.paper)
+    return latex(rows) if options.latex else markdown(rows)
+
+
+def by_order(runs: list[Run], way: str, paper: str | None) -> Rows:
+    """Methods down, orders across, the mean over the orders last."""
+    orders = sorted({run.order for run in runs})
+    rows = [["", *(f"Order {order}" if order.isdigit() else order for order in orders), "Avg."]]
+    for label in dict.fromkeys(run.label for run in runs):
+        cells = [
+            [run.number(way, "AA") or 0.0 for run in runs if (run.label, run.order) == (label, o)] for o in orders
+        ]
+        rows.append([label, *(spread(values) for values in cells), _average(cells)])
+    if paper:
+        for name, numbers in AVERAGE_ACCURACY[paper].items():
+            theirs = [numbers[int(order) - 1] if order.isdigit() else None for order in orders]
+            rows.append(
+                [f"{name}, {paper} in the paper", *map(_cell, theirs), _average([[v] if v else [] for v in theirs])]
+            )
+    return rows
+
+
+def by_task(runs: list[Run], way: str, paper: str | None) -> Rows:
+    """For each order its tasks across, as they stand after the last."""
+    rows: Rows = []
+    for order in sorted({run.order for run in runs}):
+        here = [run for run in runs if run.order == order]
+        rows.append([f"Order {order}" if order.isdigit() else order, *here[0].results["tasks"]])
+        for label in dict.fromkeys(run.label for run in here):
+            last = [run.results["summary"][way]["matrix"][-1] for run in here if run.label == label]
+            rows.append([label, *(spread(list(values)) for values in zip(*last, strict=True))])
+        if paper and order in ("1", "2", "3") and list(order_of(order)) == here[0].results["tasks"]:
+            for name, theirs in PER_TASK[paper].items():
+                rows.append([f"{name}, {paper} in the paper", *map(_cell, theirs[int(order) - 1])])
+    return rows
+
+
+def by_measure(runs: list[Run], way: str) -> Rows:
+    """One run a row: the four numbers with their intervals over test examples."""
+    names = ("AA", "FM", "BWT", "FWT")
+    rows = [["", "order", "seed", *names]]
+    for run in runs:
+        found = run.results["summary"][way]
+        cells = ["-" if name not in found else _between(found[name], found["95%"][name]) for name in names]
+        rows.append([run.label, run.order, str(run.settings["seed"]), *cells])
+    return rows
+
+
+def by_difference(runs: list[Run], way: str, method: str) -> Rows:
+    """AA less that of `method` on the same order and seed, on the same test examples."""
+    rows = [["", "order", "seed", "difference in AA"]]
+    for run in runs:
+        peers = [
+            other
+            for other in runs
+            if other.settings["method"] == method
+            and (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
+        ]
+        for peer in peers:
+            if peer is not run:
+                gap, between = difference(run.results, peer.results, way)
+                beside = f" to {peer.label}" if len(peers) > 1 else ""
+                cell = _between(gap, between, "+") + beside
+                rows.append([run.label, run.order, str(run.settings["seed"]), cell])
+    if len(rows) == 1:
+        raise SystemExit(f"--against {method}: no run of it on the same order and seed as another.")
+    return rows
+
+
+def spread(values: list[Any]) -> str:
+    """The mean, and the deviation where there are several."""
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _average(cells: list[list[float]]) -> str:
+    return f"{statistics.mean(statistics.mean(values) for values in cells):.1f}" if all(cells) else "-"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _between(value: float, interval: Sequence[float], sign: str = "") -> str:
+    return f"{value:{sign}.1f} ({interval[0]:{sign}.1f} to {interval[1]:{sign}.1f})"
+
+
+def markdown(rows: Rows) -> str:
+    """A Markdown table; rows that are shorter are filled."""
+    width = max(len(row) for row in rows)
+    filled = [row + [""] * (width - len(row)) for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in filled]
+    return "\n".join([lines[0], "|" + "---|" * width, *lines[1:]])
+
+
+def latex(rows: Rows) -> str:
+    """A LaTeX tabular."""
+    width = max(len(row) for row in rows)
+    marks = {"%": r"\%", "_": r"\_", "±": r"$\pm$", "&": r"\&"}
+
+    def cell(text: str) -> str:
+        return "".join(marks.get(letter, letter) for letter in text)
+
+    lines = [" & ".join(map(cell, row + [""] * (width - len(row)))) + r" \\" for row in rows]
+    return "\n".join([rf"\begin{{tabular}}{{l{'c' * (width - 1)}}}", r"\hline", lines[0], r"\hline", *lines[1:],
+                      r"\hline", r"\end{tabular}"])  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(table(parse()))
