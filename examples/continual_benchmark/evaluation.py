@@ -57,8 +57,10 @@ def likeliest(model: Any, tokenizer: Any, task: Task, max_tokens: int = 512) -> 
 def output_similarity(
     model: Any, tokenizer: Any, tasks: list[Task], max_tokens: int = 512
 ) -> dict[str, dict[str, float]]:
-    """How alike the model's answers are from task to task: the cosine of the mean distributions over the first token of
-    the answer (Figure 5)."""
+    """How alike the answers to different tasks are: the cosine of the mean distributions over their first token.
+
+    Figure 5 of the paper, which does not say how it measures "similarity of final output distributions".
+    """
     training = model.training
     model.eval()
     means = {task.name: _mean_distribution(model, tokenizer, task, max_tokens) for task in tasks}

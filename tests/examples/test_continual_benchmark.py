@@ -390,3 +390,32 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     better = [stages[0], {**stages[1], "a": {"generate": [True, True, False, False]}}]
     gap, (low, high) = scores.difference({**run, "stages": [{"correct": e} for e in better]}, run, "generate")
     assert gap == 12.5 and 0 <= low < 12.5 < high
+
+
+def test_tasks_of_the_hub_look_like_those_of_a_folder(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are made up; their columns are those of the datasets' cards."""
+    hub = benchmark("hub")
+    assert set(hub.SOURCES) == set(benchmark("orders").ORDERS["4"])
+    columns = (
+        "title content text question_title question_content best_answer premise hypothesis word sentence1 sentence2 "
+        "question choice1 choice2 question1 question2 passage sentence paragraph answer"
+    )
+    row = {name: f"<{name}>" for name in columns.split()}
+    for name, source in hub.SOURCES.items():
+        rows = [{**row, source.label: 0}, {**row, source.label: len(source.options) - 1}, {**row, source.label: -1}]
+        found = hub.examples(source, rows)
+        assert [answer for _, answer in found] == [source.options[0], source.options[-1]], name
+        assert all(prompt.endswith("\nAnswer:") and "<" in prompt for prompt, _ in found)
+    prompt = hub.examples(hub.SOURCES["RTE"], [{**row, "label": 1}])[0][0]
+    assert prompt == (
+        'What is the logical relationship between the "sentence 1" and the "sentence 2"? Choose one from the option.\n'
+        "Option: entailment, contradiction \nsentence 1: <sentence1>\nsentence 2: <sentence2>\nAnswer:"
+    )
+    with pytest.raises(SystemExit, match="no task shapes"):
+        hub.hub_task("shapes", full=False)
+
+
+def test_without_the_hub_there_is_a_way_out(benchmark: Any) -> None:
+    pytest.importorskip("datasets", reason="--data hub is for those who have the package datasets")
+    with pytest.raises(SystemExit, match="could not be loaded.*--data a folder"):
+        benchmark("hub").hub_task("RTE", full=False)
