@@ -71,6 +71,7 @@ LINES = (
     Line("attribution.encoder", attribution_lines.encoder, ENCODES),
     Line("attribution.operations", attribution_lines.operations, GENERATES),
     Line("quadrature", quadrature.quadrature, GENERATES, "text"),
+    Line("quadrature.time", quadrature.time_of_adaptive, GENERATES, "text"),
     Line("folding", folding.folding, GENERATES, "text"),
     Line("memory", memory.peak_memory, GENERATES),
     Line("chain.load", chains.loading, GENERATES),

@@ -18,6 +18,7 @@ from .figures import save_curves, save_table, text_table
 from .paths import layers_of, narrowness, probabilities
 from .records import Record
 from .texts import text_batches
+from .timing import in_turn
 
 # the two models, each with the vectors of all prompts: (2, examples, N)
 Vectors = torch.Tensor
@@ -43,6 +44,35 @@ def quadrature(bench: Bench) -> list[Record]:
     print(text_table(rows))
     files += [save_table(bench.out, "quadrature", rows), *_draw(bench, rows)]
     return [_record(bench, rows, source, [str(path) for path in files])]
+
+
+def time_of_adaptive(bench: Bench) -> list[Record]:
+    """What the fewer nodes save in time: the ones that are added run in smaller batches."""
+    model, (_, task), source = _pair(bench)
+    batches = text_batches(bench, bench.sizes.examples)
+    some = [parts[0] for parts in list(batches.values())[:2]]
+    steps, nodes = bench.sizes.steps, []
+
+    def run(rule: str) -> None:
+        for batch in some:
+            found = compute_attribution(model, batch, adapter=task, steps=steps, quadrature=rule)
+            if rule == "adaptive":
+                nodes.append(float(found.nodes or 0))
+
+    bench.say("quadrature: the time of adaptive and of riemann")
+    ours, theirs = in_turn(lambda: run("adaptive"), lambda: run("riemann"), repeats=bench.sizes.repeats)
+    return [
+        Record(
+            "quadrature.time",
+            bench.subject.label,
+            f"all layers, m = {steps}, adaptive, {len(some)} batches of {len(some[0]['labels'])} real prompts",
+            f"riemann, m = {steps}",
+            ours,
+            theirs,
+            bound="at least",
+            notes={"models": source, "nodes": statistics.mean(nodes)},
+        )
+    ]
 
 
 def _pair(bench: Bench) -> tuple[Any, tuple[str, str], str]:

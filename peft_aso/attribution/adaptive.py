@@ -30,6 +30,7 @@ def refined(
     recording: Recording,
     first: Gradients,
     tolerance: float,
+    most: int,
     max_rows: int,
     skip: bool,
 ) -> LayerScores:
@@ -38,11 +39,12 @@ def refined(
     Args:
         first: of every example of the batch, with the nodes 0 and 1 among them.
         tolerance: how much an interval may miss, as a part of the largest P that was met.
+        most: nodes an example, beside the first. In half precision P itself is rough, and some intervals never add up.
         max_rows, skip: of `layer_gradients`.
     """
     known = _Known(first)
     while True:
-        examples, nodes = known.wanted(tolerance)
+        examples, nodes = known.wanted(tolerance, most)
         if not len(examples):
             return known.trapezoids()
         examples = examples.to(first.examples.device)
@@ -88,19 +90,23 @@ class _Known:
         trapezoids = (self.nodes[right] - self.nodes[left]) * (slopes[left] + slopes[right]) / 2
         return left, right, (trapezoids - (p[right] - p[left])).abs()
 
-    def wanted(self, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Examples `(E,)` and the nodes `(E, K)` to add; none where every interval adds up.
+    def wanted(self, tolerance: float, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Examples `(E,)` and the nodes `(E, K)` to add, the worst intervals first; none where every interval adds up.
 
         Examples that want fewer than others have one of theirs repeated, so that all run as one batch. What an example
         gets does not depend on its neighbours.
         """
         left, right, missed = self.missed()
         start, width = self.nodes[left], self.nodes[right] - self.nodes[left]
+        room = [most - count for count in self.examples.bincount(minlength=self.batch_size).tolist()]
         wanted: dict[int, list[float]] = {}
-        for at in ((missed > tolerance) & (width > _NARROWEST * tolerance)).nonzero()[:, 0].tolist():
+        wrong = ((missed > tolerance) & (width > _NARROWEST * tolerance)).nonzero()[:, 0]
+        for at in wrong[missed[wrong].argsort(descending=True, stable=True)].tolist():
+            example = int(self.examples[left[at]])
+            own = wanted.get(example, [])
             parts = (1, 2, 3) if missed[at] > _MUCH * tolerance else (2,)
-            own = wanted.setdefault(int(self.examples[left[at]]), [])
-            own += [float(start[at] + width[at] * part / 4) for part in parts]
+            if len(own) + len(parts) <= room[example]:
+                wanted[example] = own + [float(start[at] + width[at] * part / 4) for part in parts]
         if not wanted:
             return torch.empty(0, dtype=torch.long), torch.empty(0, 0)
         count = max(len(nodes) for nodes in wanted.values())

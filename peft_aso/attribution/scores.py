@@ -27,6 +27,6 @@ def scores_of(
     if rule.tolerance is None:
         return [summed(found, rule.weights) for found in first]
     return [
-        refined(run, layer, recording, found, rule.tolerance, max_rows, skip)
+        refined(run, layer, recording, found, rule.tolerance, rule.most, max_rows, skip)
         for layer, found in zip(layers, first, strict=True)
     ]

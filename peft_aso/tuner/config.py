@@ -40,10 +40,11 @@ class AttributionConfig:
 
     Args:
         steps (`int`):
-            m of Eq. 11, the number of points at which the gradient is taken.
+            m of Eq. 11: how many points the gradient is taken at, or, `"adaptive"`, how finely.
         quadrature (`str`):
-            `"riemann"` (right Riemann sum, the paper), `"gauss_legendre"`, or `"adaptive"`: for each layer and example
-            as few nodes as it takes for the change of P to come out right to a part 1/m (docs/performance.md).
+            `"adaptive"` (for each layer and example as few points as it takes for the change of P to come out right to
+            a part 1/m: about four where m is 20, and nearer to the integral than 20 even ones, docs/performance.md),
+            `"riemann"` (right Riemann sum, the paper to the letter) or `"gauss_legendre"`.
         neurons (`str` or `list[str]`, *optional*):
             Which modules' inputs are the FFN neurons: a regular expression that matches the whole module
             name, or a list of name endings. `None` finds the down projections by structure.
@@ -80,7 +81,7 @@ class AttributionConfig:
     """
 
     steps: int = 20
-    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = "riemann"
+    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = "adaptive"
     neurons: str | list[str] | None = None
     stacks: Literal["all", "encoder", "decoder"] = "all"
     max_rows: int | None = None

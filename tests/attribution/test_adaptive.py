@@ -42,7 +42,7 @@ def at(model: nn.Module, batch: Batch, name: str, node: float) -> tuple[float, t
 
 
 def by_hand(model: nn.Module, batch: Batch, name: str, tolerance: float) -> torch.Tensor:
-    """The scores of one layer: every interval that misses is halved, one after another."""
+    """The scores of one layer: every interval that misses is halved, or quartered if it misses by two tolerances."""
     known = {node: at(model, batch, name, node) for node in (0.0, 0.5, 1.0)}
     while True:
         largest = max(p for p, _ in known.values())
@@ -50,8 +50,9 @@ def by_hand(model: nn.Module, batch: Batch, name: str, tolerance: float) -> torc
         wrong = []
         for a, b in zip(places, places[1:], strict=False):
             trapezoid = (b - a) * float((known[a][1] + known[b][1]).sum()) / 2
-            if b - a > tolerance / 16 and abs(trapezoid - (known[b][0] - known[a][0])) > tolerance * largest:
-                wrong.append((a + b) / 2)
+            missed = abs(trapezoid - (known[b][0] - known[a][0])) / largest
+            if b - a > tolerance / 16 and missed > tolerance:
+                wrong += [a + (b - a) * part / 4 for part in ((1, 2, 3) if missed > 2 * tolerance else (2,))]
         if not wrong:
             return sum((b - a) * (known[a][1] + known[b][1]) / 2 for a, b in zip(places, places[1:], strict=False))
         known |= {node: at(model, batch, name, node) for node in wrong}
@@ -124,21 +125,20 @@ def known(nodes: list[list[float]], p: list[list[float]], slopes: list[list[floa
 
 def test_where_it_adds_up_nothing_is_asked() -> None:
     straight = known([[0, 0.5, 1]], [[0.1, 0.3, 0.5]], [[0.4, 0.4, 0.4]])
-    assert not len(straight.wanted(0.01)[0])
+    assert not len(straight.wanted(0.01, 80)[0])
     scores = straight.trapezoids()
     assert (scores.values * scores.log_size.exp()).tolist() == [pytest.approx([0.4, 0.0])]
 
 
-def test_intervals_that_miss_are_halved() -> None:
+def test_intervals_that_miss_are_divided() -> None:
     jump, straight = [0.1, 0.9, 0.9], [0.1, 0.3, 0.5]
-    found = known([[0, 0.5, 1]] * 3, [jump, straight, [0.1, 0.9, 0.9]], [[0, 0, 0], [0.4] * 3, [0, 0, 0]])
-    examples, nodes = found.wanted(0.05)
-    assert examples.tolist() == [0, 2] and nodes.tolist() == [[0.25], [0.25]]
-    found = known([[0, 0.5, 1]] * 2, [jump, [0.1, 0.9, 0.1]], [[0, 0, 0], [0, 0, 0]])
-    examples, nodes = found.wanted(0.05)
-    assert examples.tolist() == [0, 1] and nodes.tolist() == [[0.25, 0.25], [0.25, 0.75]]
-    found.add(Gradients(examples, nodes, torch.full_like(nodes, 0.9).log(), torch.zeros(2, 2, 2)))
-    assert found.trapezoids().values.shape == (2, 2)
+    found = known([[0, 0.5, 1]] * 3, [jump, straight, [0.1, 0.16, 0.16]], [[0, 0, 0], [0.4] * 3, [0, 0, 0]])
+    examples, nodes = found.wanted(0.25, 80)
+    assert examples.tolist() == [0, 2] and nodes.tolist() == [[0.125, 0.25, 0.375], [0.25, 0.25, 0.25]]
+    both = known([[0, 0.5, 1]], [[0.1, 0.5, 0.9]], [[0, 0, 0]])
+    assert sorted(both.wanted(0.3, 80)[1][0].tolist()) == [0.25, 0.75]
+    found.add(Gradients(examples, nodes, torch.full_like(nodes, 0.9).log(), torch.zeros(2, 3, 2)))
+    assert found.trapezoids().values.shape == (3, 2)
 
 
 def test_a_node_that_is_there_twice_counts_once() -> None:
@@ -149,16 +149,30 @@ def test_a_node_that_is_there_twice_counts_once() -> None:
 
 def test_the_tolerance_is_a_part_of_the_largest_p() -> None:
     tiny_p = known([[0, 0.5, 1]], [[1e-30, 9e-30, 9e-30]], [[0, 0, 0]])
-    assert tiny_p.wanted(0.05)[1].tolist() == [[0.25]]
+    assert tiny_p.wanted(0.5, 80)[1].tolist() == [[0.25]]
 
 
-def test_a_step_is_not_halved_for_ever() -> None:
-    found = known([[0, 0.5, 1]], [[0.1, 0.9, 0.9]], [[0, 0, 0]])
+def jump_at(where: float, found: _Known, tolerance: float, most: int) -> int:
+    """Let `found` ask until it is satisfied; P is 0.1 below `where` and 0.9 above. How many rounds it took."""
     rounds = 0
-    while len(found.wanted(0.1)[0]):
-        examples, nodes = found.wanted(0.1)
-        after = torch.where(nodes > 0.3, 0.9, 0.1).double()
+    while len(found.wanted(tolerance, most)[0]):
+        examples, nodes = found.wanted(tolerance, most)
+        after = torch.where(nodes > where, 0.9, 0.1).double()
         found.add(Gradients(examples, nodes, after.log(), torch.zeros(*nodes.shape, 2)))
         rounds += 1
+    return rounds
+
+
+def test_a_step_is_not_divided_for_ever() -> None:
+    found = known([[0, 0.5, 1]], [[0.1, 0.9, 0.9]], [[0, 0, 0]])
+    rounds = jump_at(0.3, found, tolerance=0.1, most=80)
     left, right = found.intervals()
-    assert rounds == 7 and float((found.nodes[right] - found.nodes[left]).min()) == 2**-8
+    assert rounds == 4 and float((found.nodes[right] - found.nodes[left]).min()) == 0.5 * 4**-4
+
+
+def test_there_are_no_more_nodes_than_the_most() -> None:
+    found = known([[0, 0.5, 1]] * 2, [[0.1, 0.9, 0.9], [0.1, 0.9, 0.1]], [[0, 0, 0]] * 2)
+    jump_at(0.3, found, tolerance=0.01, most=10)
+    assert found.examples.bincount().tolist() == [9, 9]  # three at a time
+
+
