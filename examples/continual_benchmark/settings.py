@@ -15,7 +15,7 @@ from .methods import METHODS
 # what a model trained on one task alone depends on, beside that task
 _ALONE = (
     "model", "data", "seed", "full", "train_limit", "test_limit", "validation", "score", "epochs", "batch_size", "lr",
-    "lr_full", "max_tokens", "rank", "alpha", "dropout", "target_modules", "precision",
+    "lr_full", "lr_a", "max_tokens", "rank", "alpha", "dropout", "target_modules", "precision",
 )  # fmt: skip
 # where a run lies and how it is shown does not change what comes out
 _ELSEWHERE = ("out", "name", "references", "no_reference", "threads")
@@ -63,8 +63,18 @@ class Settings:
     target_modules: tuple[str, ...] | None = _option(
         None, "names with commas; q and v projections unless given", "adapter"
     )
-    project_init: bool = _option(False, "A starts projected out of the history's row space", "adapter")
+    lr_a: float | None = _option(
+        None, "learning rate of A alone; 0: A stays as it starts, only B is trained", "adapter"
+    )
 
+    init: str = _option(
+        "default",
+        "how A starts: as PEFT has it; that projected out of the history's rows; the task's own input directions, as "
+        "they are, projected out of the history's rows, or so far out as psi says",
+        "ASO-LoRA",
+        choices=("default", "projected", "inputs", "inputs_hard", "inputs_soft"),
+    )
+    diagnose: bool = _option(False, "log the size of the penalty's gradient at each step", "ASO-LoRA")
     penalty: str = _option(
         "squared", "form of the orthogonality penalty (Eq. 7)", "ASO-LoRA", choices=("squared", "l1")
     )

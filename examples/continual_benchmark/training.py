@@ -69,6 +69,8 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
             args=arguments,
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(method.tokenizer, padding=True),
+            optimizers=(_optimizer(method, settings), None),
+            callbacks=method.callbacks(),
         )
         trainer.method = method
         trainer.remove_callback(PrinterCallback)
@@ -80,6 +82,19 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
     if not all(math.isfinite(entry["loss"]) for entry in logs):
         raise RuntimeError(f"{task.name}: the loss is not a number any more; lower --lr, or use --precision float32.")
     return logs
+
+
+def _optimizer(method: Method, settings: Settings) -> torch.optim.Optimizer | None:
+    """AdamW with a learning rate for A and one for B; None, the Trainer's own, where they are the same."""
+    if settings.lr_a is None:
+        return None
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in method.trained().items():
+        groups["lora_A" in name].append(parameter)
+    rates = {True: settings.lr_a, False: method.learning_rate}
+    return torch.optim.AdamW(
+        [{"params": groups[is_a], "lr": rate} for is_a, rate in rates.items() if groups[is_a]], weight_decay=0.0
+    )
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

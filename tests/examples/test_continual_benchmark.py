@@ -419,3 +419,101 @@ def test_without_the_hub_there_is_a_way_out(benchmark: Any) -> None:
     pytest.importorskip("datasets", reason="--data hub is for those who have the package datasets")
     with pytest.raises(SystemExit, match="could not be loaded.*--data a folder"):
         benchmark("hub").hub_task("RTE", full=False)
+
+
+def started(benchmark: Any, data: Path, saved: dict[str, Path], name: str = "llama", **changes: Any) -> Any:
+    """ASO-LoRA about to learn the second task, the first adapter being random."""
+    module = benchmark("settings")
+    given = {"rank": 2, "dropout": 0.0, "precision": "float32", "probe": 2, "steps": 4, "batch_size": 5, **changes}
+    settings = module.Settings(method="aso_lora", data=str(data), **given)
+    load = sys.modules["tasks"].load_model
+    method = benchmark("methods").METHODS["aso_lora"](*load(str(saved[name])), settings)
+    first, second = benchmark("data").read_tasks(list(TASKS), settings)
+    method.start_task(first, 0)
+    with torch.no_grad():
+        for weight in method.trained().values():
+            weight.normal_()
+    method.start_task(second, 1)
+    return method, second, settings
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_starts_from_the_inputs(benchmark: Any, data: Path, saved: dict[str, Path], name: str) -> None:
+    method, task, _ = started(benchmark, data, saved, name, init="inputs")
+    (layer,) = [
+        module
+        for path, module in method.model.named_modules()
+        if path.endswith("encoder.block.0.layer.0.SelfAttention.q" if name == "t5" else "layers.1.self_attn.q_proj")
+    ]
+    rows: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, 1)))
+    method.model.eval()
+    with torch.no_grad():
+        for batch in method.few_batches(task):
+            for index in range(len(batch["input_ids"])):
+                length = int(batch["attention_mask"][index].sum())
+                one = {key: batch[key][index : index + 1, :length] for key in ("input_ids", "attention_mask")}
+                method.model(**one, **({"labels": batch["labels"][index : index + 1]} if name == "t5" else {}))
+    hook.remove()
+    directions = torch.linalg.svd(torch.cat(rows).double(), full_matrices=False).Vh[:2]
+    found = layer.lora_A["signs"].weight.detach().double()
+    torch.testing.assert_close(found @ found.T, torch.eye(2).double(), atol=1e-5, rtol=0)
+    assert torch.linalg.svdvals(found @ directions.T).min() > 0.999, "the same plane"
+
+
+def test_a_starts_out_of_the_historys_way(benchmark: Any, data: Path, saved: dict[str, Path]) -> None:
+    for init, exactly in (("inputs_hard", True), ("projected", True), ("inputs_soft", False), ("default", False)):
+        method, _, _ = started(benchmark, data, saved, init=init)
+        layers = benchmark("methods.directions").layers_with(method.model, "signs")
+        overlaps = [layer.lora_A["signs"].weight @ layer.lora_A["colors"].weight.T for layer in layers.values()]
+        assert (max(float(each.abs().max()) for each in overlaps) < 1e-4) == exactly, init
+
+
+def test_what_soft_projection_leaves(benchmark: Any) -> None:
+    without = benchmark("methods.directions").without
+    inputs, rows = torch.randn(50, 6).double(), torch.randn(2, 6).double()
+    moment = inputs.T @ inputs
+    torch.testing.assert_close(without(moment, rows, 0.0), moment)
+    gone = without(moment, rows, 1.0)
+    assert float((gone @ rows.T).abs().max()) < 1e-9
+    projector = torch.linalg.pinv(rows) @ rows
+    half = inputs - 0.5 * inputs @ projector
+    torch.testing.assert_close(without(moment, rows, 0.5), half.T @ half)
+
+
+def test_a_can_stay_and_the_penaltys_gradient_is_logged(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = settings_of(
+        benchmark, data, saved["llama"], tmp_path, lr_a=0.0, diagnose=True, similarity="none", no_reference=True
+    )
+    results = benchmark("chain").run(settings)
+    first, second = (stage["log"] for stage in results["stages"])
+    assert all(entry["penalty_gradient"] == 0 for entry in first)
+    assert all(entry["penalty_gradient"] > 0 for entry in second)
+    penalties = [entry["orthogonality_penalty"] for entry in second]
+    assert penalties[0] > 0 and penalties == pytest.approx([penalties[0]] * len(penalties), rel=1e-4), "psi is fixed"
+
+
+def test_why(benchmark: Any, finished: Path) -> None:
+    module = benchmark("why")
+    run = next(finished.glob("inc_lora*seed0"))
+    found = module.main(module.parse([str(run)]))
+    assert json.loads((run / "why.json").read_text()) == found
+    (pair,) = found["geometry"]
+    assert (pair["later"], pair["earlier"]) == ("signs", "colors") and 0 <= pair["rows of A shared"] <= 1
+    untouched = found["taken out"][0]
+    last = json.loads((run / "results.json").read_text())["summary"]["generate"]["matrix"][-1]
+    assert [untouched[name] for name in TASKS] == pytest.approx(last)
+    with pytest.raises(SystemExit, match="no finished run"):
+        module.main(module.parse([str(finished)]))
+
+
+def test_shared_spans_and_energy(benchmark: Any) -> None:
+    module = benchmark("why")
+    a = torch.randn(6, 2).double()
+    assert module.shared(a, a @ torch.randn(2, 2).double()) == pytest.approx(1)
+    assert module.shared(torch.eye(6)[:, :2], torch.eye(6)[:, 2:4]) == pytest.approx(0)
+    inputs, matrix = torch.randn(40, 6).double(), torch.randn(3, 6).double()
+    expected = float((inputs @ matrix.T).pow(2).sum())
+    assert module.energy(matrix, inputs.T @ inputs) == pytest.approx(expected)

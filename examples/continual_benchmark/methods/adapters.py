@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from tasks import Task
+from tasks import AnswerDataset, Task
+from transformers import DataCollatorForSeq2Seq
 
 from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionConfig, load_chain, save_chain
 
 from .base import Method
+from .directions import start_from_inputs
+from .gradients import PenaltyGradient
+
+# examples from which input directions are taken
+_FEW, _BATCH = 64, 16
 
 
 class ASOLoRA(Method):
@@ -33,7 +39,7 @@ class ASOLoRA(Method):
             penalty=chosen.penalty,
             penalty_weight=None if weights is None else weights[index if len(weights) > 1 else 0],
             l2_weight=chosen.l2_weight,
-            project_init=chosen.project_init,
+            project_init=chosen.init == "projected",
             attribution=AttributionConfig(
                 steps=chosen.steps,
                 quadrature=chosen.quadrature,
@@ -55,6 +61,19 @@ class ASOLoRA(Method):
         else:
             self.model.add_adapter(task.name, self.config(index))
             self.model.set_adapter(task.name)
+        if self.settings.init.startswith("inputs"):
+            start_from_inputs(self.model, self.few_batches(task), self.settings.init.removeprefix("inputs").strip("_"))
+
+    def few_batches(self, task: Task) -> list[dict[str, Any]]:
+        """The first examples of a task, collated."""
+        chosen = self.settings
+        rows = AnswerDataset(task.train[:_FEW], self.tokenizer, self.seq2seq, chosen.max_tokens)
+        collate = DataCollatorForSeq2Seq(self.tokenizer, padding=True)
+        parts = [[rows[i] for i in range(at, min(at + _BATCH, len(rows)))] for at in range(0, len(rows), _BATCH)]
+        return [{name: value.to(self.device) for name, value in collate(part).items()} for part in parts]
+
+    def callbacks(self) -> list[Any]:
+        return [PenaltyGradient()] if self.settings.diagnose else []
 
     def facts(self, task: Task) -> dict[str, Any]:
         config = self.model.peft_config[task.name]

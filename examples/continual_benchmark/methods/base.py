@@ -88,6 +88,10 @@ class Method:
         """What else is worth writing down about the task that has just ended, as JSON."""
         return {}
 
+    def callbacks(self) -> list[Any]:
+        """What else the Trainer should call."""
+        return []
+
     # ---- going on after a stop ------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:

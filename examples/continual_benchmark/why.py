@@ -1,0 +1,207 @@
+"""Where forgetting comes from: what each later adapter's A and B do to the inputs of earlier tasks.
+
+    python examples/continual_benchmark/why.py runs/continual_benchmark/inc_lora-order1-seed0
+
+For a finished run of adapters. First the geometry: how much of an earlier task's inputs a later A takes up, as a part
+of what it takes up of its own task's; the same for the whole update B A; and how far the rows of two A and the columns
+of two B lie in each other's span, beside what chance gives. Then what it costs: parts of the later adapters are taken
+out of the model, and every task is tested again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
+
+from tasks import Task, load_model
+
+from continual_benchmark.data import read_tasks
+from continual_benchmark.evaluation import correct
+from continual_benchmark.methods.adapters import ASOLoRA
+from continual_benchmark.methods.directions import layers_with, second_moments
+from continual_benchmark.results import write_json
+from continual_benchmark.settings import Settings
+from continual_benchmark.training import in_bf16
+from peft_aso import load_chain
+
+Moments = dict[str, dict[str, torch.Tensor]]  # task, layer
+LEADING = 32  # directions of earlier inputs that are taken out
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="why.py", description="Where the forgetting of a run of adapters comes from."
+    )
+    parser.add_argument("run", type=Path, help="the results folder of a finished run of aso_lora, o_lora or inc_lora")
+    parser.add_argument("--no-tests", action="store_true", help="the geometry alone: nothing is taken out and tested")
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    """Look, print, and write `why.json` into the run's folder.
+
+    Raises:
+        SystemExit: not a finished run of adapters.
+    """
+    settings, folder = _settings(options.run)
+    names = json.loads((options.run / "results.json").read_text(encoding="utf-8"))["tasks"]
+    tasks = read_tasks(names, settings)
+    base, tokenizer = load_model(settings.model)
+    model = load_chain(base, folder).eval()
+    method = ASOLoRA(base, tokenizer, settings)
+    print("Reading the inputs of each task ...", flush=True)
+    moments = {task.name: _normed(second_moments(model, task.name, method.few_batches(task))) for task in tasks}
+    found: dict[str, Any] = {"geometry": geometry(model, names, moments)}
+    print(_table(found["geometry"]))
+    if not options.no_tests:
+        found["taken out"] = interventions(model, tokenizer, tasks, moments, settings)
+        print(_table(found["taken out"]))
+    write_json(options.run / "why.json", found)
+    return found
+
+
+def geometry(model: Any, names: list[str], moments: Moments) -> list[dict[str, Any]]:
+    """One row for each later task and each earlier one, means over layers."""
+    rows = []
+    for place, new in enumerate(names):
+        for old in names[:place]:
+            values: dict[str, list[float]] = {}
+            for name, layer in layers_with(model, new).items():
+                for key, value in _of_layer(layer, old, new, moments[old][name], moments[new][name]).items():
+                    values.setdefault(key, []).append(value)
+            means = {key: sum(each) / len(each) for key, each in values.items()}
+            rows.append({"later": new, "earlier": old, **means})
+    return rows
+
+
+def _of_layer(layer: Any, old: str, new: str, before: torch.Tensor, now: torch.Tensor) -> dict[str, float]:
+    a_old, b_old = (part[old].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+    a_new, b_new = (part[new].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+    update = b_new @ a_new
+    return {
+        "A on earlier inputs / on its own": energy(a_new, before) / energy(a_new, now),
+        "BA on earlier inputs / on its own": energy(update, before) / energy(update, now),
+        "rows of A shared": shared(a_old.T, a_new.T),
+        "by chance": a_old.shape[0] / a_old.shape[1],
+        "columns of B shared": shared(b_old, b_new),
+        "by chance, B": b_old.shape[1] / b_old.shape[0],
+    }
+
+
+def energy(matrix: torch.Tensor, moment: torch.Tensor) -> float:
+    """Mean squared length of `matrix` x over inputs with this second moment."""
+    return float(torch.einsum("ri,ij,rj->", matrix, moment, matrix))
+
+
+def shared(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The part of the span of the columns of `b` that lies in that of `a`: 1 for the same, 0 for orthogonal ones."""
+    product = torch.linalg.qr(a).Q.T @ torch.linalg.qr(b).Q
+    return float((product**2).sum() / b.shape[1])
+
+
+def interventions(
+    model: Any, tokenizer: Any, tasks: list[Task], moments: Moments, settings: Settings
+) -> list[dict[str, Any]]:
+    """Accuracy on each task with parts of the later adapters taken out."""
+    names = [task.name for task in tasks]
+    kept = {name: copy.deepcopy(weight.detach()) for name, weight in model.named_parameters() if "lora_" in name}
+    rows = []
+    for title, change in CHANGES.items():
+        for path, layer in layers_with(model, names[-1]).items():
+            for place, new in enumerate(names[1:], start=1):
+                change(layer, names[:place], new, [moments[old][path] for old in names[:place]])
+        row: dict[str, Any] = {"taken out of later adapters": title}
+        for task in tasks:
+            right = correct(model, tokenizer, task, "generate", settings.max_tokens, in_bf16(settings))["generate"]
+            row[task.name] = 100 * sum(right) / len(right)
+        row["AA"] = sum(row[name] for name in names) / len(names)
+        rows.append(row)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in kept:
+                    weight.copy_(kept[name])
+    return rows
+
+
+@torch.no_grad()
+def _nothing(layer: Any, olds: list[str], new: str, before: list[torch.Tensor]) -> None:
+    """The model as it is."""
+
+
+@torch.no_grad()
+def _rows_of_earlier_a(layer: Any, olds: list[str], new: str, before: list[torch.Tensor]) -> None:
+    rows = torch.cat([layer.lora_A[old].weight for old in olds])
+    _take_out(layer.lora_A[new].weight, rows.T)
+
+
+@torch.no_grad()
+def _inputs_of_earlier(layer: Any, olds: list[str], new: str, before: list[torch.Tensor]) -> None:
+    leading = torch.linalg.eigh(sum(before)).eigenvectors[:, -LEADING:]  # type: ignore[call-overload]
+    _take_out(layer.lora_A[new].weight, leading)
+
+
+@torch.no_grad()
+def _as_many_at_random(layer: Any, olds: list[str], new: str, before: list[torch.Tensor]) -> None:
+    weight = layer.lora_A[new].weight
+    generator = torch.Generator().manual_seed(weight.shape[1])
+    _take_out(weight, torch.randn(weight.shape[1], LEADING, generator=generator))
+
+
+@torch.no_grad()
+def _columns_of_earlier_b(layer: Any, olds: list[str], new: str, before: list[torch.Tensor]) -> None:
+    columns = torch.cat([layer.lora_B[old].weight for old in olds], 1)
+    weight = layer.lora_B[new].weight
+    basis = torch.linalg.qr(columns.double()).Q
+    weight.copy_(weight - (basis @ (basis.T @ weight.double())).to(weight))
+
+
+CHANGES = {
+    "nothing": _nothing,
+    "the rows of earlier A, from A": _rows_of_earlier_a,
+    f"{LEADING} leading directions of earlier inputs, from A": _inputs_of_earlier,
+    f"{LEADING} random directions, from A": _as_many_at_random,
+    "the columns of earlier B, from B": _columns_of_earlier_b,
+}
+
+
+def _take_out(weight: torch.Tensor, directions: torch.Tensor) -> None:
+    """From the rows of `weight` their part in the span of the columns of `directions`."""
+    basis = torch.linalg.qr(directions.double().to(weight.device)).Q
+    weight.copy_(weight - (weight.double() @ basis @ basis.T).to(weight))
+
+
+def _normed(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: moment / moment.trace() for name, moment in moments.items()}
+
+
+def _settings(run: Path) -> tuple[Settings, Path]:
+    file = run / "settings.json"
+    chains = sorted(run.glob("state_*/chain"))
+    if not (file.is_file() and chains and (run / "results.json").is_file()):
+        raise SystemExit(f"{run} is no finished run of aso_lora, o_lora or inc_lora.")
+    given = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("target_modules", "penalty_weight"):
+        given[name] = tuple(given[name]) if given[name] else None
+    return Settings(**given), chains[-1]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    heads = list(rows[0])
+    cells = [
+        [f"{row[head]:.3g}" if isinstance(row[head], float) else str(row[head]) for head in heads] for row in rows
+    ]
+    return "\n" + "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]) + "\n"
+
+
+if __name__ == "__main__":
+    main(parse())
