@@ -31,7 +31,7 @@ from .quadrature import Path, path
 from .quiet import undisturbed
 from .scores import scores_of
 from .self_check import compare, copies_prompts, must_copy_prompts, verdict
-from .steps import groups, record, sweeps
+from .steps import float64, groups, record, sweeps, unscaled_gradients
 from .vector import AttributionVector
 from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention, telling_examples
 
@@ -206,12 +206,16 @@ def _run_layers(
     """Add what `layers` score on `examples` to `found`; the bar counts layers of the whole batch."""
     budget = RowBudget.of(run, layers, max_rows)
     for group in groups(run, layers):
-        recording = record(run, group, outputs=skip)
+        # at the node 1 nothing is scaled, and one pass has the gradients of all layers
+        shared = skip and bool(rule.nodes[-1] == 1) and run.batch_size <= budget.rows
+        recording = record(run, group, outputs=skip, live=shared)
+        unscaled = unscaled_gradients(run, group, recording) if shared else {}
         assert recording.log_probability is not None
-        found.add_log_probability(examples, recording.log_probability)
-        each = run.batch_size * len(rule.nodes)
+        found.add_log_probability(examples, float64(recording.log_probability.detach()))
+        each = run.batch_size * max(1, len(rule.nodes) - shared)
         parts = sweeps(group, each, budget) if skip and run.can_sweep else [[layer] for layer in group]
         for part in parts:
-            for layer, score in zip(part, scores_of(run, part, recording, rule, budget.rows, skip), strict=True):
+            scores = scores_of(run, part, recording, rule, budget.rows, skip, unscaled)
+            for layer, score in zip(part, scores, strict=True):
                 found.add(examples, layer, score)
             bar.update(len(part) * run.batch_size)

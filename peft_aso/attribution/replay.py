@@ -26,11 +26,13 @@ class Recording:
         neurons: layer name to the input of its down projection, `(B, W, size)`.
         outputs: (stack, block index) to what that block returned.
         log_probability: `(B,)`, set by whoever ran the pass.
+        live: layer name to the same neurons as they stand in the pass's graph, to differentiate by; if asked for.
     """
 
     neurons: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[tuple[str, int], Any] = field(default_factory=dict)
     log_probability: torch.Tensor | None = None
+    live: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def neurons_of(self, layer: NeuronLayer, rows: torch.Tensor) -> torch.Tensor:
         """The neurons of `layer` with its examples repeated as `rows` says, `(R, W, size)`."""
@@ -40,9 +42,12 @@ class Recording:
 
 @contextmanager
 def recorded(
-    layers: Sequence[NeuronLayer], positions: dict[str, torch.Tensor], outputs: bool
+    layers: Sequence[NeuronLayer], positions: dict[str, torch.Tensor], outputs: bool, live: bool = False
 ) -> Iterator[Recording]:
     """Record the neurons of `layers` in the forward pass run inside, and (`outputs`) the block below each.
+
+    Args:
+        live: keep them in the graph too.
 
     Raises:
         ValueError: a layer that ran not once but several times (weights shared by blocks) or never, or whose
@@ -51,9 +56,14 @@ def recorded(
     recording = Recording()
     runs = {layer.name: 0 for layer in layers}
 
-    def on_neurons(layer: NeuronLayer, arguments: tuple[Any, ...]) -> None:
+    def on_neurons(layer: NeuronLayer, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         runs[layer.name] += 1
-        recording.neurons[layer.name] = _by_position(arguments[0], positions[layer.stack], layer).detach()
+        given = arguments[0] if arguments[0].requires_grad or not live else arguments[0].detach().requires_grad_()
+        by_position = _by_position(given, positions[layer.stack], layer)
+        recording.neurons[layer.name] = by_position.detach()
+        if live:
+            recording.live[layer.name] = given
+        return (given, *arguments[1:])
 
     with ExitStack() as stack:
         for layer in layers:
@@ -66,7 +76,7 @@ def recorded(
                 block = layer.blocks[layer.block_index - 1]
 
                 def keep(_: nn.Module, __: Any, output: Any, key: tuple[str, int] = below) -> None:
-                    recording.outputs[key] = output
+                    recording.outputs[key] = _detached(output)
 
                 stack.callback(block.register_forward_hook(keep).remove)
         yield recording
@@ -76,6 +86,12 @@ def recorded(
                 f"{name} ran {count} times in one forward pass, so it has no single set of neurons (blocks "
                 "that share weights, or experts); leave it out with `neurons=`"
             )
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    return type(output)(map(_detached, output)) if isinstance(output, (tuple, list)) else output
 
 
 @contextmanager

@@ -51,12 +51,37 @@ def every_example(run: Pass) -> torch.Tensor:
     return torch.arange(run.batch_size, device=next(iter(run.positions.values())).device)
 
 
-def record(run: Pass, layers: list[NeuronLayer], outputs: bool) -> Recording:
-    """One unscaled pass over every example of the batch, with the neurons of `layers` and log P_m."""
+def record(run: Pass, layers: list[NeuronLayer], outputs: bool, live: bool = False) -> Recording:
+    """One unscaled pass over every example of the batch, with the neurons of `layers` and log P_m.
+
+    Args:
+        live: keep the neurons in the graph, for `unscaled_gradients`.
+    """
     rows = every_example(run)
-    with torch.no_grad(), recorded(layers, run.positions, outputs) as recording:
-        recording.log_probability = _float64(run(rows))
+    with torch.set_grad_enabled(live), recorded(layers, run.positions, outputs, live) as recording:
+        recording.log_probability = run(rows)
     return recording
+
+
+def unscaled_gradients(run: Pass, layers: list[NeuronLayer], recording: Recording) -> dict[str, Gradients]:
+    """Gradients of all layers at the node 1, where none is scaled: one backward pass of the recording serves all."""
+    assert recording.log_probability is not None
+    log_p = float64(recording.log_probability.detach())[:, None]
+    live = [recording.live.pop(layer.name) for layer in layers]
+    gradients = torch.autograd.grad(recording.log_probability.sum(), live)
+    examples, found = every_example(run), {}
+    for layer, gradient in zip(layers, gradients, strict=True):
+        own, where = recording.neurons[layer.name], run.positions[layer.stack]
+        chosen = gradient.view(own.shape) * where.to(own.device)[..., None]
+        values = (chosen.to(torch.promote_types(own.dtype, torch.float32)) * own).sum(1).to(log_p.device)
+        found[layer.name] = Gradients(examples, torch.ones_like(log_p), log_p, values[:, None])
+    return found
+
+
+def joined(first: Gradients, second: Gradients) -> Gradients:
+    """Gradients of the same examples, the nodes of both."""
+    parts = ((getattr(first, name), getattr(second, name)) for name in ("nodes", "log_p", "values"))
+    return Gradients(first.examples, *(torch.cat([a, b.to(a)], 1) for a, b in parts))
 
 
 def layer_gradients(
@@ -98,7 +123,7 @@ def sweep_gradients(
     with swept(layers, recording, run.batch_size, rows, factors, positions) as leaves:
         log_p = run(rows.repeat(len(layers)))
         gradients = torch.autograd.grad(log_p.sum(), leaves)
-    wide = _float64(log_p.detach()).view(len(layers), run.batch_size, -1)
+    wide = float64(log_p.detach()).view(len(layers), run.batch_size, -1)
     at = nodes.expand(run.batch_size, -1)
     found = []
     for layer, logs, gradient in zip(layers, wide, gradients, strict=True):
@@ -133,7 +158,7 @@ def _rows(
             with below:
                 log_p = run(rows)
         (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
-    wide = _float64(log_p.detach())
+    wide = float64(log_p.detach())
     return wide, (gradient * own).sum(1).to(wide.device)
 
 
@@ -165,5 +190,6 @@ def sweeps(layers: list[NeuronLayer], rows: int, budget: RowBudget) -> list[list
     return found
 
 
-def _float64(tensor: torch.Tensor) -> torch.Tensor:
+def float64(tensor: torch.Tensor) -> torch.Tensor:
+    """In double precision, on the CPU where the device (MPS) has none."""
     return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()

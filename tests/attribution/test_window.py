@@ -129,7 +129,7 @@ def test_the_window_is_all_that_runs() -> None:
     integrated_gradients(model, batch, steps=4, method="fast", max_rows=8)
     for hook in hooks:
         hook.remove()
-    # the prompt and the recording; then one sweep whose batch grows by 2 examples x 4 steps at each block
-    assert [seen[:3] for seen in shapes] == [[(2, 7), (2, 2), (8 * up, 2)] for up in (1, 2, 3)]
+    # the prompt, and the recording, which is the fourth step; a sweep that grows by 2 examples x 3 steps at each block
+    assert [seen[:3] for seen in shapes] == [[(2, 7), (2, 2), (6 * up, 2)] for up in (1, 2, 3)]
     # room for one layer at a time: a pass for each layer, from it upwards
-    assert [seen[3:] for seen in shapes] == [[(2, 7), (2, 2), *[(8, 2)] * up] for up in (1, 2, 3)]
+    assert [seen[3:] for seen in shapes] == [[(2, 7), (2, 2), *[(6, 2)] * up] for up in (1, 2, 3)]

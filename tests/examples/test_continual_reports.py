@@ -1,0 +1,122 @@
+"""Tables, figures and intervals of the continual benchmark, and where forgetting comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.examples.tiny_tasks import TASKS, settings_of
+
+
+@pytest.fixture(scope="module")
+def finished(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four runs: three methods, and one of them with a second seed."""
+    out = tmp_path_factory.mktemp("finished")
+    for method, seed in (("aso_lora", 0), ("inc_lora", 0), ("inc_lora", 1), ("o_lora", 0)):
+        settings = settings_of(
+            benchmark, data, saved["llama"], out, method=method, seed=seed, granularity="layer", refresh=0.5
+        )
+        benchmark("chain").run(settings)
+    return out
+
+
+def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
+    module = benchmark("table")
+
+    def rows(*more: str) -> list[list[str]]:
+        lines = module.table(module.parse([str(finished), *more])).splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    found = rows()
+    assert found[0] == ["", "colors-signs", "Avg."]
+    assert [row[0] for row in found[2:]] == ["ASO-LoRA", "IncLoRA", "O-LoRA"]
+    results = [json.loads(path.read_text()) for path in sorted(finished.glob("inc_lora*/results.json"))]
+    values = [each["summary"]["generate"]["AA"] for each in results]
+    deviation = abs(values[0] - values[1]) / 2**0.5
+    assert found[3][1] == f"{sum(values) / 2:.1f} ± {deviation:.1f}"
+    tasks = rows("--shape", "tasks", "--way", "options")
+    assert tasks[0] == ["colors-signs", "colors", "signs"]
+    matrix = results[0]["summary"]["generate"]["matrix"]
+    measures = rows("--shape", "measures")
+    assert len(measures) == 2 + 4 and measures[3][3].startswith(f"{sum(matrix[-1]) / 2:.1f} (")
+    against = rows("--against", "inc_lora")
+    assert {(row[0], row[2]) for row in against[2:]} == {("ASO-LoRA", "0"), ("O-LoRA", "0")}
+    assert module.table(module.parse([str(finished), "--latex"])).startswith(r"\begin{tabular}{lcc}")
+    with pytest.raises(SystemExit, match="no run of it"):
+        rows("--against", "osf")
+
+
+def test_the_papers_numbers_stand_beside_ours(benchmark: Any, finished: Path) -> None:
+    paper = benchmark("paper")
+    for numbers in paper.AVERAGE_ACCURACY.values():
+        assert all(len(each) == 6 for each in numbers.values())
+    aso = paper.AVERAGE_ACCURACY["t5-large"]["ASO-LoRA"]
+    assert sum(aso[:3]) / 3 == pytest.approx(77.0, abs=0.06) and sum(aso[3:]) / 3 == pytest.approx(72.8, abs=0.06)
+    for numbers in paper.PER_TASK["t5-large"].values():
+        assert len(numbers) == 3
+    for method in ("IncLoRA", "O-LoRA", "ASO-LoRA"):  # Table 3 adds up to Table 1, Table 8 to Table 2
+        for model, by_task in paper.PER_TASK.items():
+            averages = [sum(each) / 4 for each in by_task[method]]
+            assert averages == pytest.approx(paper.AVERAGE_ACCURACY[model][method][:3], abs=0.35)
+    module = benchmark("table")
+    assert "ASO-LoRA, t5-large in the paper" in module.table(module.parse([str(finished), "--paper", "t5-large"]))
+
+
+def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    module = benchmark("figures")
+    files = module.draw(module.parse([str(finished), "--out", str(tmp_path)]))
+    topics = {path.stem.removesuffix("_colors-signs") for path in files}
+    assert topics == {
+        "average_accuracy", "forgetting", "forward_transfer", "loss", "similarity", "psi", "psi_by_layer", "outputs",
+    }  # fmt: skip
+    assert {path.suffix for path in files} == {".png", ".svg", ".csv"} and len(files) == 3 * len(topics)
+    assert all(path.stat().st_size > 0 for path in files)
+    lines = (tmp_path / "average_accuracy_colors-signs.csv").read_text().splitlines()
+    assert lines[0] == "run,stage,task,AA" and len(lines) == 1 + 4 * 2
+
+
+def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
+    scores = benchmark("scores")
+    stages = [
+        {"a": {"generate": [True, True, True, False]}},
+        {"a": {"generate": [True, False, False, False]}, "b": {"generate": [True, True]}},
+    ]
+    alone = {"a": {"generate": [True] * 4}, "b": {"generate": [True, False]}}
+    found = scores.summary(["a", "b"], stages, alone)["generate"]
+    assert found["matrix"] == [[75.0, None], [25.0, 100.0]] and found["alone"] == [100.0, 50.0]
+    assert (found["AA"], found["FM"], found["BWT"], found["FWT"]) == (62.5, 50.0, -50.0, 50.0)
+    low, high = found["95%"]["AA"]
+    assert 50 <= low < 62.5 < high <= 100
+    run = {"tasks": ["a", "b"], "stages": [{"correct": each} for each in stages], "alone": alone}
+    assert scores.difference(run, run, "generate") == (0.0, [0.0, 0.0])
+    better = [stages[0], {**stages[1], "a": {"generate": [True, True, False, False]}}]
+    gap, (low, high) = scores.difference({**run, "stages": [{"correct": e} for e in better]}, run, "generate")
+    assert gap == 12.5 and 0 <= low < 12.5 < high
+
+
+def test_why(benchmark: Any, finished: Path) -> None:
+    module = benchmark("why")
+    run = next(finished.glob("inc_lora*seed0"))
+    found = module.main(module.parse([str(run)]))
+    assert json.loads((run / "why.json").read_text()) == found
+    (pair,) = found["geometry"]
+    assert (pair["later"], pair["earlier"]) == ("signs", "colors") and 0 <= pair["rows of A shared"] <= 1
+    untouched = found["taken out"][0]
+    last = json.loads((run / "results.json").read_text())["summary"]["generate"]["matrix"][-1]
+    assert [untouched[name] for name in TASKS] == pytest.approx(last)
+    with pytest.raises(SystemExit, match="no finished run"):
+        module.main(module.parse([str(finished)]))
+
+
+def test_shared_spans_and_energy(benchmark: Any) -> None:
+    module = benchmark("why")
+    a = torch.randn(6, 2).double()
+    assert module.shared(a, a @ torch.randn(2, 2).double()) == pytest.approx(1)
+    assert module.shared(torch.eye(6)[:, :2], torch.eye(6)[:, 2:4]) == pytest.approx(0)
+    inputs, matrix = torch.randn(40, 6).double(), torch.randn(3, 6).double()
+    expected = float((inputs @ matrix.T).pow(2).sum())
+    assert module.energy(matrix, inputs.T @ inputs) == pytest.approx(expected)

@@ -1,0 +1,189 @@
+"""Every method of the continual benchmark learns two tiny tasks on a tiny Llama and a tiny T5."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.examples.tiny_tasks import settings_of
+
+METHODS = [
+    "aso_lora", "o_lora", "inc_lora", "seq_lora", "seq_ft", "per_task_lora", "per_task_ft", "replay", "ewc", "lwf",
+    "osf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_two_tasks(
+    benchmark: Any, data: Path, saved: dict[str, Path], method: str, name: str, tmp_path: Path
+) -> None:
+    settings = settings_of(benchmark, data, saved[name], tmp_path, method=method)
+    results = benchmark("chain").run(settings)
+    assert [stage["task"] for stage in results["stages"]] == ["colors", "signs"]
+    for way in ("generate", "options"):
+        found = results["summary"][way]
+        matrix = found["matrix"]
+        assert matrix[0][0] is not None and matrix[0][1] is None and None not in matrix[1]
+        assert found["AA"] == pytest.approx(sum(matrix[1]) / 2)
+        assert all(low <= found[measure] <= high for measure, (low, high) in found["95%"].items())
+        if method.startswith("per_task"):
+            assert found["FM"] == 0 and found["alone"] == matrix[1]
+    assert json.loads((Path(results["folder"]) / "results.json").read_text())["stages"] == results["stages"]
+    text = benchmark("report").report(results)
+    assert "AA" in text and "FWT" in text and str(tmp_path) in text
+
+
+def test_the_command_line_is_the_settings(benchmark: Any) -> None:
+    module = benchmark("settings")
+    assert module.parse([]) == module.Settings()
+    line = "--method o_lora --order 4 --penalty-weight 0.5 --target-modules q_proj,o_proj --full --seed 3"
+    found = module.parse(line.split())
+    assert found == module.Settings(
+        method="o_lora", order="4", penalty_weight=(0.5,), target_modules=("q_proj", "o_proj"), full=True, seed=3
+    )
+    for wrong in (["--method", "x"], ["--penalty-weight", "a"], ["--order", "1", "--penalty-weight", "1,2"]):
+        with pytest.raises(SystemExit):
+            module.parse(wrong)
+
+
+def test_every_setting_of_a_run_is_written_down(benchmark: Any) -> None:
+    module = benchmark("settings")
+    written = module.Settings().chosen()
+    named = {each.name for each in dataclasses.fields(module.Settings)}
+    assert named - set(written) == {"out", "name", "references", "no_reference", "threads"}
+
+
+def test_the_orders_are_table_4(benchmark: Any) -> None:
+    orders = benchmark("orders")
+    assert orders.order_of("1") == ("dbpedia", "amazon", "yahoo", "agnews")
+    assert orders.order_of("2") == ("dbpedia", "amazon", "agnews", "yahoo")
+    assert orders.order_of("3") == ("yahoo", "amazon", "agnews", "dbpedia")
+    longer = [orders.order_of(number) for number in ("4", "5", "6")]
+    assert len({frozenset(tasks) for tasks in longer}) == 1 and all(len(tasks) == 15 for tasks in longer)
+    assert [tasks[0] for tasks in longer] == ["MNLI", "MultiRC", "yelp"]
+    assert [tasks[-1] for tasks in longer] == ["yahoo", "yahoo", "WiC"]
+    for wrong in ("7", "", "a,b,a"):
+        with pytest.raises(SystemExit):
+            orders.order_of(wrong)
+
+
+@pytest.mark.parametrize("method", ["aso_lora", "seq_lora", "replay", "ewc", "lwf", "seq_ft", "osf"])
+def test_a_run_that_was_stopped_goes_on(
+    benchmark: Any, data: Path, saved: dict[str, Path], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first task, it comes to the same as one that was not."""
+    whole = settings_of(benchmark, data, saved["llama"], tmp_path / "whole", method=method, no_reference=True)
+    expected = benchmark("chain").run(whole)
+    settings = settings_of(benchmark, data, saved["llama"], tmp_path / "cut", method=method, no_reference=True)
+    chain = benchmark("chain")
+    learn, calls = chain.learn, []
+
+    def stopped(*args: Any) -> Any:
+        calls.append(args[2])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    monkeypatch.setattr(chain, "learn", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        chain.run(settings)
+    found = chain.run(settings)
+    assert calls == [0, 1, 1]
+    for ours, theirs in zip(found["stages"], expected["stages"], strict=True):
+        assert ours["correct"] == theirs["correct"]
+        losses = [[each["loss"] for each in stage["log"]] for stage in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_folder_of_other_settings_is_refused(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = settings_of(benchmark, data, saved["llama"], tmp_path, method="seq_lora", no_reference=True)
+    before = benchmark("chain").run(settings)
+    with pytest.raises(SystemExit, match="other settings .*epochs 1.0, not 2.0.*--name"):
+        benchmark("chain").run(dataclasses.replace(settings, epochs=2.0))
+    assert json.loads((Path(before["folder"]) / "results.json").read_text())["stages"] == before["stages"]
+    again = benchmark("chain").run(settings)
+    assert again["stages"] == before["stages"], "a finished run is not run again"
+
+
+def test_tasks_learned_alone_are_run_once(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(benchmark, data, saved["llama"], tmp_path, method="per_task_lora")
+    bound = benchmark("chain").run(settings)
+    monkeypatch.setattr(benchmark("alone"), "learn", None)
+    other = benchmark("chain").run(dataclasses.replace(settings, method="inc_lora"))
+    for way, found in other["summary"].items():
+        assert found["alone"] == bound["summary"][way]["matrix"][-1]
+
+
+def test_data_is_limited_and_the_test_split_stays_shut(benchmark: Any, data: Path, tmp_path: Path) -> None:
+    read, settings = benchmark("data").read_tasks, benchmark("settings").Settings
+    (whole,) = read(["signs"], settings(data=str(data)))
+    (held,) = read(["signs"], settings(data=str(data), validation=True))
+    assert held.train == whole.train[:8] and held.test == whole.train[8:]
+    (few,) = read(["signs"], settings(data=str(data), train_limit=3, test_limit=2))
+    assert few.train == whole.train[:3] and few.test == whole.test[:2]
+    with pytest.raises(SystemExit, match="no task shapes there"):
+        read(["shapes"], settings(data=str(data)))
+    with pytest.raises(SystemExit, match="0 to test on"):
+        read(["signs"], settings(data=str(data), test_limit=0))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_options_are_scored_as_one_after_another(
+    benchmark: Any, data: Path, saved: dict[str, Path], name: str
+) -> None:
+    evaluation, tasks = benchmark("evaluation"), sys.modules["tasks"]
+    model, tokenizer = tasks.load_model(str(saved[name]))
+    task = tasks.read_task(data / "signs")
+    task.options = ["yes", "no good", "what is the sky"]
+    found = evaluation.likeliest(model.eval(), tokenizer, task)
+    for (prompt, _), chosen in zip(task.test, found, strict=True):
+        sums = []
+        for option in task.options:
+            answer = torch.tensor([tokenizer(option, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]])
+            ids = torch.tensor([tokenizer(prompt).input_ids])
+            if name == "t5":
+                logits = model(input_ids=ids, labels=answer).logits
+            else:
+                logits = model(input_ids=torch.cat([ids, answer], 1)).logits[:, ids.shape[1] - 1 : -1]
+            sums.append(float(torch.log_softmax(logits, -1).gather(-1, answer[..., None]).sum()))
+        assert chosen == task.options[sums.index(max(sums))]
+
+
+def test_tasks_of_the_hub_look_like_those_of_a_folder(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are made up; their columns are those of the datasets' cards."""
+    hub = benchmark("hub")
+    assert set(hub.SOURCES) == set(benchmark("orders").ORDERS["4"])
+    columns = (
+        "title content text question_title question_content best_answer premise hypothesis word sentence1 sentence2 "
+        "question choice1 choice2 question1 question2 passage sentence paragraph answer"
+    )
+    row = {name: f"<{name}>" for name in columns.split()}
+    for name, source in hub.SOURCES.items():
+        rows = [{**row, source.label: 0}, {**row, source.label: len(source.options) - 1}, {**row, source.label: -1}]
+        found = hub.examples(source, rows)
+        assert [answer for _, answer in found] == [source.options[0], source.options[-1]], name
+        assert all(prompt.endswith("\nAnswer:") and "<" in prompt for prompt, _ in found)
+    prompt = hub.examples(hub.SOURCES["RTE"], [{**row, "label": 1}])[0][0]
+    assert prompt == (
+        'What is the logical relationship between the "sentence 1" and the "sentence 2"? Choose one from the option.\n'
+        "Option: entailment, contradiction \nsentence 1: <sentence1>\nsentence 2: <sentence2>\nAnswer:"
+    )
+    with pytest.raises(SystemExit, match="no task shapes"):
+        hub.hub_task("shapes", full=False)
+
+
+def test_without_the_hub_there_is_a_way_out(benchmark: Any) -> None:
+    pytest.importorskip("datasets", reason="--data hub is for those who have the package datasets")
+    with pytest.raises(SystemExit, match="could not be loaded.*--data a folder"):
+        benchmark("hub").hub_task("RTE", full=False)

@@ -1,0 +1,21 @@
+"""Two tiny tasks, and the settings of a run on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+WORDS = [
+    "what", "color", "is", "the", "sky", "grass", "sun", "night", "answer", "yes", "no", "good", "bad", "blue",
+    "green",
+]  # fmt: skip
+TASKS = {"colors": ["blue", "green"], "signs": ["yes", "no"]}
+
+
+def settings_of(benchmark: Any, data: Path, model: Path, out: Path, **changes: Any) -> Any:
+    given: dict[str, Any] = {
+        "order": "colors,signs", "model": str(model), "data": str(data), "out": out, "batch_size": 5, "rank": 2,
+        "score": "both", "precision": "float32", "probe": 2, "steps": 4, "refresh": 1, "replay": 0.2,
+        "ewc_examples": 3, "dropout": 0.0,
+    }  # fmt: skip
+    return benchmark("settings").Settings(**{**given, **changes})
