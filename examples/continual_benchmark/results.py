@@ -74,7 +74,8 @@ class RunFolder:
 def folder_of(settings: Settings, order: str) -> Path:
     """Where a run goes: `--name`, or its method, order and seed."""
     scope = "-full" if settings.scope == "full" else ""
-    return settings.out / (settings.name or f"{settings.method}{scope}-order{order}-seed{settings.seed}")
+    shown = f"order{order}" if order.isdigit() else order
+    return settings.out / (settings.name or f"{settings.method}{scope}-{shown}-seed{settings.seed}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -122,6 +122,9 @@ class Settings:
             if len(self.penalty_weight) != len(order_of(self.order)):
                 raise SystemExit("--penalty-weight: give one number, or as many as the order has tasks.")
 
+        if self.init == "inputs_soft" and (self.method in ("o_lora", "inc_lora") or self.similarity == "none"):
+            raise SystemExit("--init inputs_soft needs psi: --method aso_lora, if need be with --penalty-weight 0.")
+
     def chosen(self) -> dict[str, Any]:
         """Everything that decides what comes out, as it is written down."""
         return {name: value for name, value in as_json(self).items() if name not in _ELSEWHERE}

@@ -48,7 +48,8 @@ def test_the_command_line_is_the_settings(benchmark: Any) -> None:
     assert found == module.Settings(
         method="o_lora", order="4", penalty_weight=(0.5,), target_modules=("q_proj", "o_proj"), full=True, seed=3
     )
-    for wrong in (["--method", "x"], ["--penalty-weight", "a"], ["--order", "1", "--penalty-weight", "1,2"]):
+    soft = ["--method", "inc_lora", "--init", "inputs_soft"]
+    for wrong in (["--method", "x"], ["--penalty-weight", "a"], ["--order", "1", "--penalty-weight", "1,2"], soft):
         with pytest.raises(SystemExit):
             module.parse(wrong)
 
@@ -187,3 +188,25 @@ def test_without_the_hub_there_is_a_way_out(benchmark: Any) -> None:
     pytest.importorskip("datasets", reason="--data hub is for those who have the package datasets")
     with pytest.raises(SystemExit, match="could not be loaded.*--data a folder"):
         benchmark("hub").hub_task("RTE", full=False)
+
+
+def test_several_runs_from_a_file(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark("several")
+    plan = tmp_path / "plan.txt"
+    plan.write_text("# two runs, one of which fails\n--method seq_lora --order colors,signs\n\n--order shapes\n")
+    more = ["--model", str(saved["llama"]), "--data", str(data), "--out", str(tmp_path / "out"), "--no-reference"]
+    assert module.main([str(plan), *more, "--rank", "2", "--precision", "float32"]) == 1
+    assert (tmp_path / "out" / "seq_lora-colors-signs-seed0" / "results.json").is_file()
+    said = capfd.readouterr().out
+    assert "SeqLoRA, accuracy in percent" in said and "failed: --order shapes" in said
+    for wrong in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(SystemExit, match="no such file"):
+            module.lines_of(wrong, [])
+
+
+def test_the_plans_can_be_parsed(benchmark: Any) -> None:
+    module, parse = benchmark("several"), benchmark("settings").parse
+    plans = sorted(Path(module.__file__).with_name("plans").glob("*.txt"))
+    assert plans and all(parse(line) for plan in plans for line in module.lines_of(plan, []))
