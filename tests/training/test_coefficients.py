@@ -24,7 +24,7 @@ def trained_chain(tasks=("one", "two", "new"), **settings):
 
 
 def quick(**settings):
-    return AttributionConfig(steps=3, probe_size=8, **settings)
+    return AttributionConfig(**{"steps": 3, "quadrature": "riemann", "probe_size": 8, **settings})
 
 
 def test_w_is_the_mean_over_examples_of_spearman_and_psi_is_one_minus_it() -> None:
