@@ -45,7 +45,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     """All finished runs in these folders and in folders within them.
 
     Raises:
-        SystemExit: none.
+        SystemExit: there is none.
     """
     folders = list(folders)
     paths = sorted({path for folder in folders for path in folder.rglob("results.json")})
@@ -76,11 +76,11 @@ def _label(run: Run, runs: Sequence[Run]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "/".join(map(str, value))
-    return (
-        {True: "yes", False: "no", None: "default"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if value is None:
+        return "default"
+    if isinstance(value, bool):  # not by equality: 1 is a number here
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def comparable(runs: Sequence[Run]) -> None:

@@ -28,8 +28,6 @@ class LwF(Sequential):
         # weights that are not trained are the same ones, not copies
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         self.teacher = copy.deepcopy(self.model, memo=shared).eval().requires_grad_(False)
-        for parameter in self.trained().values():
-            parameter.requires_grad_(True)
 
     def training_loss(self, inputs: Inputs, outputs: Any) -> torch.Tensor | None:
         if self.teacher is None:
