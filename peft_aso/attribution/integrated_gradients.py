@@ -31,8 +31,8 @@ from .quadrature import Path, path
 from .quiet import undisturbed
 from .scores import scores_of
 from .self_check import compare, copies_prompts, must_copy_prompts, verdict
-from .steps import float64, groups, record, sweeps, unscaled_gradients
-from .vector import AttributionVector
+from .steps import groups, record, sweeps, unscaled_gradients
+from .vector import AttributionVector, float64
 from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention, telling_examples
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from .neurons import NeuronLayer
 from .passes import Pass
 from .replay import Recording, recorded, scaled, skipped
 from .sweep import swept
+from .vector import float64
 
 # how many numbers of one recording are held at once, 512 MiB in float32
 _RECORDING_BUDGET = 2**27
@@ -188,8 +189,3 @@ def sweeps(layers: list[NeuronLayer], rows: int, budget: RowBudget) -> list[list
         found[-1].append(layer)
         held += cost
     return found
-
-
-def float64(tensor: torch.Tensor) -> torch.Tensor:
-    """In double precision, on the CPU where the device (MPS) has none."""
-    return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()

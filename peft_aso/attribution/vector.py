@@ -60,8 +60,8 @@ class AttributionVector:
     @property
     def scores(self) -> torch.Tensor:
         """Eq. 11 as written, float32 `(batch, N)`; underflows to 0 where the answer's probability does."""
-        scale = torch.exp(_wide(self.log_scale))
-        return (_wide(self.values) * scale[:, None]).to(device=self.values.device, dtype=torch.float32)
+        scale = torch.exp(float64(self.log_scale))
+        return (float64(self.values) * scale[:, None]).to(device=self.values.device, dtype=torch.float32)
 
     def layer(self, name: str) -> torch.Tensor:
         """The columns of `values` that belong to module `name`, `(batch, size)`; KeyError if it is not in
@@ -101,10 +101,10 @@ class AttributionVector:
         `exp(log_scale)`, so that it is not zero when every answer is long. Ranks, cosine and Pearson are the
         same.
         """
-        scale = _wide(self.log_scale)
+        scale = float64(self.log_scale)
         weights = torch.exp(scale - scale.max())
         return (
-            (_wide(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
+            (float64(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
         )
 
     def to(self, device: torch.device | str) -> AttributionVector:
@@ -169,6 +169,6 @@ def assemble(
     return AttributionVector(torch.cat(values, dim=1), log_probability.float(), log_scale.float(), layout)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """float64, on the CPU where the device (MPS) has none."""
+def float64(tensor: torch.Tensor) -> torch.Tensor:
+    """In double precision, on the CPU where the device (MPS) has none."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
