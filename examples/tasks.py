@@ -103,6 +103,7 @@ def load_model(name: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # in training; what generates says otherwise
     model = model_class.from_pretrained(**source, dtype=torch.float32)
     # the file is quantized, the weights that were read from it are not: without this the Trainer refuses
     model.is_quantized = False

@@ -55,6 +55,9 @@ class Settings:
     lr: float = _option(1e-3, "learning rate of adapters", "training")
     lr_full: float = _option(5e-5, "learning rate where all weights are trained", "training")
     max_tokens: int = _option(512, "a longer prompt loses its middle", "training")
+    part: int | None = _option(
+        None, "examples of a step that go through the model at once; 4 on a CPU, all on a GPU unless given", "training"
+    )
     precision: str = _option("auto", "of products: bf16 autocast, float32, or what is faster here", "training",
                              choices=("auto", "bf16", "float32"))  # fmt: skip
     rank: int = _option(8, "r", "adapter")

@@ -72,7 +72,7 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
             optimizers=(_optimizer(method, settings), None),
             callbacks=method.callbacks(),
         )
-        trainer.method = method
+        trainer.method, trainer.part_size = method, settings.part
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar())

@@ -8,10 +8,11 @@ from typing import Any
 
 from peft import get_peft_model
 from tasks import AnswerDataset, Task
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, Trainer
 
-from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionConfig, load_chain, save_chain
+from peft_aso import ASOLoraConfig, ASOTrainerMixin, AttributionConfig, load_chain, save_chain
 
+from ..parts import InPartsMixin
 from .base import Method
 from .directions import start_from_inputs
 from .gradients import PenaltyGradient
@@ -20,14 +21,15 @@ from .gradients import PenaltyGradient
 _FEW, _BATCH = 64, 16
 
 
+class PenaltyTrainer(ASOTrainerMixin, InPartsMixin, Trainer):
+    """`ASOTrainer`, in parts."""
+
+
 class ASOLoRA(Method):
     """Soft orthogonality: the more the knowledge neurons of two tasks agree, the weaker the push apart."""
 
     title = "ASO-LoRA"
-
-    def __init__(self, model: Any, tokenizer: Any, settings: Any) -> None:
-        super().__init__(model, tokenizer, settings)
-        self.trainer = ASOSeq2SeqTrainer if self.seq2seq else ASOTrainer
+    trainer = PenaltyTrainer
 
     def config(self, index: int) -> ASOLoraConfig:
         """The settings of task number `index`."""

@@ -15,13 +15,13 @@ from tasks import Task
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ..parts import InPartsMixin, Inputs, Part
+
 if TYPE_CHECKING:
     from ..settings import Settings
 
-Inputs = dict[str, Any]
 
-
-class LossTrainer(Trainer):
+class LossTrainer(InPartsMixin, Trainer):
     """transformers' Trainer with what the method adds to the loss."""
 
     method: Method
@@ -29,11 +29,11 @@ class LossTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, parts = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            more = self.method.training_loss(inputs, outputs)
+            more = self.method.training_loss(parts)
             loss = loss if more is None else loss + more
-        return (loss, outputs) if return_outputs else loss
+        return (loss, parts) if return_outputs else loss
 
 
 class Method:
@@ -72,8 +72,8 @@ class Method:
         """What is trained on."""
         return task.train
 
-    def training_loss(self, inputs: Inputs, outputs: Any) -> torch.Tensor | None:
-        """What comes to the loss of a batch."""
+    def training_loss(self, parts: list[Part]) -> torch.Tensor | None:
+        """What comes to the loss of a batch, which went through the model in these parts."""
         return None
 
     def end_task(self, task: Task, examples: Dataset[Any]) -> None:

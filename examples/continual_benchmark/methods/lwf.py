@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tasks import Task
 
-from .base import Inputs
+from ..parts import Part
 from .sequential import Sequential
 
 
@@ -29,19 +29,16 @@ class LwF(Sequential):
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         self.teacher = copy.deepcopy(self.model, memo=shared).eval().requires_grad_(False)
 
-    def training_loss(self, inputs: Inputs, outputs: Any) -> torch.Tensor | None:
+    def training_loss(self, parts: list[Part]) -> torch.Tensor | None:
         if self.teacher is None:
             return None
-        with torch.no_grad():
-            taught = self.teacher(**inputs).logits
-        labels = inputs["labels"] if self.seq2seq else inputs["labels"][:, 1:]
-        places = labels != -100
-        ours, theirs = (each if self.seq2seq else each[:, :-1] for each in (outputs.logits, taught))
-        heat = self.settings.lwf_temperature
-        distance = torch.nn.functional.kl_div(
-            torch.log_softmax(ours[places].float() / heat, -1),
-            torch.log_softmax(theirs[places].float() / heat, -1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        return self.settings.lwf_weight * heat * heat * distance
+        heat, distances, tokens = self.settings.lwf_temperature, [], 0
+        for part in parts:
+            with torch.no_grad():
+                taught = self.teacher(**part.inputs).logits
+            ours, theirs = (
+                torch.log_softmax(part.answers(each).float() / heat, -1) for each in (part.outputs.logits, taught)
+            )
+            distances.append(torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum"))
+            tokens += len(ours)
+        return self.settings.lwf_weight * heat * heat * torch.stack(distances).sum() / tokens

@@ -1,0 +1,74 @@
+"""A batch in parts has the loss and the gradient of the whole batch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from tests.examples.test_continual_methods import started
+from tests.examples.tiny_tasks import WORDS
+
+
+def random_batch(seq2seq: bool, rows: int) -> dict[str, torch.Tensor]:
+    """Prompts of 1 to 12 words, answers of 1 to 3, padded on the right."""
+    count = len(WORDS) + 3
+    parts = []
+    for _ in range(rows):
+        prompt, answer = (torch.randint(3, count, (int(torch.randint(1, top, ())),)) for top in (13, 4))
+        ids = prompt if seq2seq else torch.cat([prompt, answer])
+        labels = answer if seq2seq else torch.cat([torch.full_like(prompt, -100), answer])
+        parts.append((ids, torch.ones_like(ids), labels))
+    names = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([part[at] for part in parts], batch_first=True, padding_value=padding)
+        for at, (name, padding) in enumerate(names.items())
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("size", [1, 3, 4, 20, None])
+def test_parts_have_the_loss_and_gradient_of_the_whole(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, name: str, size: int | None
+) -> None:
+    method, _, _ = started(benchmark, data, saved, name)
+    training = sys.modules["transformers"].TrainingArguments(output_dir=str(tmp_path), report_to=[])
+    batch = random_batch(name == "t5", 7)
+    targets = batch["labels"] if name == "t5" else batch["labels"][:, 1:]
+    count = (targets != -100).sum()
+    trained = list(method.trained().values())
+    method.model.train()
+    found = []
+    for kind in (Trainer, benchmark("methods.base").LossTrainer):
+        trainer = kind(model=method.model, args=training)
+        trainer.method, trainer.part_size = method, size
+        loss, outputs = trainer.compute_loss(method.model, dict(batch), return_outputs=True, num_items_in_batch=count)
+        found.append((loss, torch.autograd.grad(loss, trained, allow_unused=True)))
+    assert len(outputs) == (1 if name == "t5" or size == 20 else 2 if size in (4, None) else -(-7 // size))
+    assert sum(len(part.answers(part.outputs.logits)) for part in outputs) == count
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+
+
+def test_the_penalty_is_there_once(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    method, _, _ = started(benchmark, data, saved, similarity="none", penalty_weight=(0.3,))
+    training = sys.modules["transformers"].TrainingArguments(output_dir=str(tmp_path), report_to=[])
+    batch = random_batch(False, 7)
+    trainer = method.trainer(model=method.model, args=training)
+    trainer.current_gradient_accumulation_steps = 1  # as within a training step
+    method.model.train()
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = trainer.compute_loss(method.model, dict(batch), num_items_in_batch=count)
+    plain = method.model(**batch).loss
+    tuner = method.model.base_model
+    assert float(loss) == pytest.approx(float(plain + 0.3 * tuner.orthogonality_penalty()), rel=1e-5)
+
+
+def test_a_model_that_cannot_leave_out_logits_is_run_whole(benchmark: Any) -> None:
+    from tests.tiny_models import tiny
+
+    takes_parts = benchmark("parts").takes_parts
+    assert takes_parts(tiny("llama")) and not takes_parts(tiny("t5")) and not takes_parts(tiny("bert"))
