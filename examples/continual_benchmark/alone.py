@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks import Task
 
-from .evaluation import correct
+from .evaluation import answer
 from .methods import METHODS
 from .results import write_json
 from .settings import Settings, digest
@@ -41,8 +41,8 @@ def learn_alone(tasks: list[Task], settings: Settings, load: Load) -> dict[str, 
             log = learn(method, task, 0, settings)
             trained = time.time()
             with method.predict(task) as model:
-                right = correct(model, method.tokenizer, task, settings.score, settings.max_tokens, in_bf16(settings))
+                said = answer(model, method.tokenizer, task, settings.score, settings.max_tokens, in_bf16(settings))
             seconds = {"training": trained - started, "testing": time.time() - trained}
-            write_json(file, {"task": task.name, "correct": right, "log": log, "seconds": seconds})
+            write_json(file, {"task": task.name, "correct": said.correct(task), "log": log, "seconds": seconds})
         found[task.name] = json.loads(file.read_text(encoding="utf-8"))
     return found

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from .alone import alone_folder, learn_alone
 from .data import read_tasks
-from .evaluation import correct, output_similarity
+from .evaluation import Answers, answer, output_similarity
 from .methods import METHODS, Method
 from .orders import order_of, short
 from .results import Correct, RunFolder, folder_of
@@ -75,20 +75,21 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, metho
         started = time.time()
         log = learn(method, task, index, settings)
         trained = time.time()
-        right = _test(method, tasks[: index + 1], settings)
+        said = _test(method, tasks[: index + 1], settings)
+        right = {each.name: said[each.name].correct(each) for each in tasks[: index + 1]}
         seconds = {"training": trained - started, "testing": time.time() - trained}
         stage = {"task": task.name, "correct": right, "log": log, "seconds": seconds, **method.facts(task)}
         if index == len(tasks) - 1:
-            stage["outputs"] = output_similarity(method.model, method.tokenizer, tasks, settings.max_tokens)
+            stage["outputs"] = output_similarity({name: each.outputs for name, each in said.items()})
         folder.add_stage(stage, method.save)
         print(_line(right) + f"   ({time.time() - started:.0f} s)", flush=True)
 
 
-def _test(method: Method, tasks: list[Task], settings: Settings) -> Correct:
+def _test(method: Method, tasks: list[Task], settings: Settings) -> dict[str, Answers]:
     found = {}
     for task in tasks:
         with method.predict(task) as model:
-            found[task.name] = correct(
+            found[task.name] = answer(
                 model, method.tokenizer, task, settings.score, settings.max_tokens, in_bf16(settings)
             )
     return found

@@ -2,127 +2,116 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tasks import Task, generated_answers, shorten
+from tasks import Task, shorten
 from tqdm.auto import tqdm
+
+from .beginning import cache_of, common, rows_of
+from .options import likeliest_of
 
 BATCH = 20
 
 
-def correct(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int, bf16: bool) -> dict[str, list[bool]]:
-    """For each way of scoring that `score` names, whether each test example is answered right.
+@dataclass
+class Answers:
+    """What a model says to the test prompts of a task.
 
-    "generate": greedy, stripped, equal to the answer. "options": of all options the answer is the likeliest, its
-    tokens' log-probabilities summed.
+    Attributes:
+        generated: greedily, as long as the longest option at most; empty if not asked for.
+        likeliest: of all options, their tokens' log-probabilities summed; empty if not asked for.
+        outputs: `(vocabulary,)`, the mean distribution over the first token.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    found = {}
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        if score in ("generate", "both"):
-            answers = generated_answers(model, tokenizer, task, BATCH, task.name, max_tokens)
+
+    generated: list[str]
+    likeliest: list[str]
+    outputs: torch.Tensor = field(repr=False)
+
+    def correct(self, task: Task) -> dict[str, list[bool]]:
+        """For each way of scoring, whether each example is answered right; what is generated is stripped first."""
+        found = {}
+        if self.generated:
             found["generate"] = [
-                given.strip() == row[1].strip() for given, row in zip(answers, task.test, strict=True)
+                given.strip() == row[1].strip() for given, row in zip(self.generated, task.test, strict=True)
             ]
-        if score in ("options", "both"):
-            chosen = likeliest(model, tokenizer, task, max_tokens)
-            found["options"] = [option == row[1] for option, row in zip(chosen, task.test, strict=True)]
+        if self.likeliest:
+            found["options"] = [option == row[1] for option, row in zip(self.likeliest, task.test, strict=True)]
+        return found
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, task: Task, score: str = "both", max_tokens: int = 512, bf16: bool = False
+) -> Answers:
+    """Have `model` answer the test prompts of `task`.
+
+    Args:
+        score: "generate", "options" or "both": which answers are wanted.
+        bf16: products in bfloat16.
+    """
+    training = model.training
+    model.eval()
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+        found = _answer(model, tokenizer, task, score, max_tokens)
     model.train(training)
     return found
 
 
-def likeliest(model: Any, tokenizer: Any, task: Task, max_tokens: int = 512) -> list[str]:
-    """The likeliest option for each test prompt."""
-    seq2seq = model.config.is_encoder_decoder
-    options = [
-        tokenizer(option if seq2seq else f" {option}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        for option in task.options
-    ]
-    longest = max(len(option) for option in options)
-    prompts = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found = [""] * len(prompts)
-    size = max(1, 4 * BATCH // len(options))
-    for start in tqdm(range(0, len(order), size), desc=f"{task.name}, options", unit="batch", leave=False):
-        chosen = order[start : start + size]
-        score = _encoder_decoder if seq2seq else _causal
-        sums = score(model, tokenizer, [prompts[index] for index in chosen], options)
-        for index, best in zip(chosen, sums.argmax(1).tolist(), strict=True):
-            found[index] = task.options[best]
-    return found
-
-
-def output_similarity(
-    model: Any, tokenizer: Any, tasks: list[Task], max_tokens: int = 512
-) -> dict[str, dict[str, float]]:
+def output_similarity(outputs: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     """How alike the answers to different tasks are: the cosine of the mean distributions over their first token.
 
     Figure 5 of the paper, which does not say how it measures "similarity of final output distributions".
     """
-    training = model.training
-    model.eval()
-    means = {task.name: _mean_distribution(model, tokenizer, task, max_tokens) for task in tasks}
-    model.train(training)
-    return {a: {b: float(torch.cosine_similarity(means[a], means[b], dim=0)) for b in means} for a in means}
+    return {
+        a: {b: float(torch.cosine_similarity(outputs[a], outputs[b], dim=0)) for b in outputs} for a in outputs
+    }
 
 
-@torch.no_grad()
-def _mean_distribution(model: Any, tokenizer: Any, task: Task, max_tokens: int) -> torch.Tensor:
-    prompts = sorted((shorten(tokenizer(prompt).input_ids, max_tokens) for prompt, _ in task.test), key=len)
-    total = torch.zeros(())
-    for start in tqdm(range(0, len(prompts), BATCH), desc=f"{task.name}, outputs", unit="batch", leave=False):
-        side = "right" if model.config.is_encoder_decoder else "left"
-        some = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side=side, return_tensors="pt")
-        some = some.to(model.device)
-        if model.config.is_encoder_decoder:
-            first = torch.full_like(some["input_ids"][:, :1], model.config.decoder_start_token_id)
-            logits = model(**some, decoder_input_ids=first).logits
-        else:
-            logits = model(**some, logits_to_keep=1).logits
-        total = total + torch.softmax(logits[:, -1].float(), -1).sum(0).cpu()
-    return total / len(prompts)
+def _answer(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int) -> Answers:
+    seq2seq, padding = model.config.is_encoder_decoder, tokenizer.pad_token_id
+    options = [
+        tokenizer(option if seq2seq else f" {option}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        for option in task.options
+    ]
+    longest = max(map(len, options))
+    prompts = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
+    shared = 0 if seq2seq else common(prompts, min(map(len, prompts)) - 1)
+    beginning = cache_of(model, prompts[0][:shared]) if shared else None
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    generated, likeliest, total = [""] * len(prompts), [""] * len(prompts), torch.zeros(())
+    for start in tqdm(range(0, len(order), BATCH), desc=task.name, unit="batch", leave=False):
+        chosen = order[start : start + BATCH]
+        batch = _padded_left([prompts[index] for index in chosen], shared, padding, model.device)
+        said = _said(model, batch, beginning, 1 if score == "options" else longest, padding)
+        first = said.logits[0].float()
+        total = total + torch.softmax(first, -1).sum(0).cpu()
+        new = said.sequences if seq2seq else said.sequences[:, batch["input_ids"].shape[1] :]
+        for index, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            generated[index] = text
+        if score != "generate":
+            best = likeliest_of(model, batch, first, said.past_key_values, options, padding)
+            for index, option in zip(chosen, best, strict=True):
+                likeliest[index] = task.options[option]
+    return Answers(
+        generated if score != "options" else [], likeliest if score != "generate" else [], total / len(prompts)
+    )
 
 
-def _causal(model: Any, tokenizer: Any, prompts: list[list[int]], options: list[list[int]]) -> torch.Tensor:
-    """Summed log-probabilities `(prompts, options)`: each prompt is run once, and each option on its cache."""
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model(**batch, use_cache=True, logits_to_keep=1)
-    cache, count = output.past_key_values, len(options)
-    cache.batch_repeat_interleave(count)
-    ids, real = _padded(options, tokenizer.pad_token_id, model.device)
-    ids, real = ids.repeat(len(prompts), 1), real.repeat(len(prompts), 1)
-    mask = torch.cat([batch["attention_mask"].repeat_interleave(count, 0), real[:, :-1].long()], 1)
-    logits = output.logits[:, -1:].repeat_interleave(count, 0)
-    if ids.shape[1] > 1:
-        # as in `generate`, tokens are numbered from the first that is not padding
-        places = (mask.cumsum(1) - 1).clamp(min=0)[:, batch["input_ids"].shape[1] :]
-        more = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=places, past_key_values=cache).logits
-        logits = torch.cat([logits, more], 1)
-    return _summed(logits, ids, real).view(len(prompts), count)
+def _said(model: Any, batch: dict[str, torch.Tensor], beginning: Any, tokens: int, padding: int) -> Any:
+    """What `generate` says, with logits and cache."""
+    rows = torch.zeros(len(batch["input_ids"]), dtype=torch.long, device=model.device)
+    given = {} if beginning is None else {"past_key_values": rows_of(beginning, rows)}
+    return model.generate(
+        **batch, **given, max_new_tokens=tokens, do_sample=False, pad_token_id=padding, use_cache=True,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
 
 
-def _encoder_decoder(model: Any, tokenizer: Any, prompts: list[list[int]], options: list[list[int]]) -> torch.Tensor:
-    """The same with the encoder run once a prompt."""
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    states = model.get_encoder()(**batch)
-    count = len(options)
-    states.last_hidden_state = states.last_hidden_state.repeat_interleave(count, 0)
-    ids, real = _padded(options, tokenizer.pad_token_id, model.device)
-    ids, real = ids.repeat(len(prompts), 1), real.repeat(len(prompts), 1)
-    mask = batch["attention_mask"].repeat_interleave(count, 0)
-    logits = model(encoder_outputs=states, attention_mask=mask, labels=ids.masked_fill(~real, -100)).logits
-    return _summed(logits, ids, real).view(len(prompts), count)
-
-
-def _padded(options: list[list[int]], padding: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(len(option) for option in options)
-    ids = torch.tensor([option + [padding] * (length - len(option)) for option in options], device=device)
-    places = torch.arange(length, device=device)
-    return ids, places < torch.tensor([len(option) for option in options], device=device)[:, None]
-
-
-def _summed(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    logs = torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]
-    return (logs * real).sum(1)
+def _padded_left(prompts: list[list[int]], shared: int, padding: int, device: Any) -> dict[str, torch.Tensor]:
+    """One length for all, the padding between what they share and what is their own."""
+    length = max(map(len, prompts))
+    ids = [prompt[:shared] + [padding] * (length - len(prompt)) + prompt[shared:] for prompt in prompts]
+    real = [[1] * shared + [0] * (length - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(real, device=device)}

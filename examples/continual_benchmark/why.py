@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from tasks import Task, load_model
 
 from continual_benchmark.data import read_tasks
-from continual_benchmark.evaluation import correct
+from continual_benchmark.evaluation import answer
 from continual_benchmark.methods.adapters import ASOLoRA
 from continual_benchmark.methods.directions import layers_with, second_moments
 from continual_benchmark.results import write_json
@@ -122,7 +122,8 @@ def interventions(
                 change(layer, names[:place], new, [moments[old][path] for old in names[:place]])
         row: dict[str, Any] = {"taken out of later adapters": title}
         for task in tasks:
-            right = correct(model, tokenizer, task, "generate", settings.max_tokens, in_bf16(settings))["generate"]
+            said = answer(model, tokenizer, task, "generate", settings.max_tokens, in_bf16(settings))
+            right = said.correct(task)["generate"]
             row[task.name] = 100 * sum(right) / len(right)
         row["AA"] = sum(row[name] for name in names) / len(names)
         rows.append(row)

@@ -51,7 +51,7 @@ def test_ewc_is_the_brute_force_penalty(benchmark: Any, data: Path, saved: dict[
         for squares, anchors in expected
         for name, weight in method.trained().items()
     )
-    assert method.training_loss([]).item() == pytest.approx(3.5 * penalty.item(), rel=1e-3)
+    assert method.training_loss({}, []).item() == pytest.approx(3.5 * penalty.item(), rel=1e-3)
 
 
 def test_replay_keeps_its_part_and_no_more(benchmark: Any, data: Path, saved: dict[str, Path]) -> None:
@@ -71,14 +71,14 @@ def test_the_teacher_of_lwf_is_the_model_before_the_task_and_stays(
 ) -> None:
     method, settings = tiny_method(benchmark, saved, "lwf", scope=scope)
     tasks = benchmark("data").read_tasks(list(TASKS), dataclasses.replace(settings, data=str(data)))
-    ids, targets = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[-100, 5, 6, -100]])
-    inputs = {"input_ids": ids, "labels": torch.tensor([[-100, -100, 5, 6]])}
+    ids, labels = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0]]), torch.tensor([[-100, -100, 5, 6], [-100, 8, 9, -100]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    parts_of, part = benchmark("parts").parts_of, benchmark("parts").Part
 
     def loss_now() -> Any:
-        outputs = method.model(**inputs)
-        parts = [benchmark("parts").Part(inputs, outputs, targets)] * 2  # twice the same: the mean is what one gives
-        loss = method.training_loss(parts)
-        return None if loss is None else loss.detach(), outputs.logits.detach()
+        parts = [part(p, method.model(**p), p["shift_labels"]) for p in parts_of(method.model, inputs, settings.part)]
+        loss = method.training_loss(inputs, parts)
+        return None if loss is None else loss.detach(), method.model(**inputs).logits.detach()
 
     method.start_task(tasks[0], 0)
     loss, before = loss_now()
@@ -91,8 +91,8 @@ def test_the_teacher_of_lwf_is_the_model_before_the_task_and_stays(
     assert torch.equal(method.teacher(**inputs).logits, before)
     assert not any(weight.requires_grad for weight in method.teacher.parameters())
     loss, after = loss_now()
-    heat = settings.lwf_temperature
-    theirs, ours = (torch.softmax(each[:, 1:3].double() / heat, -1) for each in (before, after))
+    heat, places = settings.lwf_temperature, ([0, 0, 1, 1], [1, 2, 0, 1])
+    theirs, ours = (torch.softmax(each[places].double() / heat, -1) for each in (before, after))
     expected = (theirs * (theirs / ours).log()).sum(-1).mean() * heat**2
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)
 

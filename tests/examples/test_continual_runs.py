@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.examples.tiny_tasks import settings_of
 
@@ -137,28 +135,6 @@ def test_data_is_limited_and_the_test_split_stays_shut(benchmark: Any, data: Pat
         read(["shapes"], settings(data=str(data)))
     with pytest.raises(SystemExit, match="0 to test on"):
         read(["signs"], settings(data=str(data), test_limit=0))
-
-
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_options_are_scored_as_one_after_another(
-    benchmark: Any, data: Path, saved: dict[str, Path], name: str
-) -> None:
-    evaluation, tasks = benchmark("evaluation"), sys.modules["tasks"]
-    model, tokenizer = tasks.load_model(str(saved[name]))
-    task = tasks.read_task(data / "signs")
-    task.options = ["yes", "no good", "what is the sky"]
-    found = evaluation.likeliest(model.eval(), tokenizer, task)
-    for (prompt, _), chosen in zip(task.test, found, strict=True):
-        sums = []
-        for option in task.options:
-            answer = torch.tensor([tokenizer(option, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]])
-            ids = torch.tensor([tokenizer(prompt).input_ids])
-            if name == "t5":
-                logits = model(input_ids=ids, labels=answer).logits
-            else:
-                logits = model(input_ids=torch.cat([ids, answer], 1)).logits[:, ids.shape[1] - 1 : -1]
-            sums.append(float(torch.log_softmax(logits, -1).gather(-1, answer[..., None]).sum()))
-        assert chosen == task.options[sums.index(max(sums))]
 
 
 def test_tasks_of_the_hub_look_like_those_of_a_folder(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class LossTrainer(InPartsMixin, Trainer):
     ) -> Any:
         loss, parts = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            more = self.method.training_loss(parts)
+            more = self.method.training_loss(inputs, parts)
             loss = loss if more is None else loss + more
         return (loss, parts) if return_outputs else loss
 
@@ -72,8 +72,8 @@ class Method:
         """What is trained on."""
         return task.train
 
-    def training_loss(self, parts: list[Part]) -> torch.Tensor | None:
-        """What comes to the loss of a batch, which went through the model in these parts."""
+    def training_loss(self, inputs: Inputs, parts: list[Part]) -> torch.Tensor | None:
+        """What comes to the loss of the batch `inputs`, which went through the model in these parts."""
         return None
 
     def end_task(self, task: Task, examples: Dataset[Any]) -> None:

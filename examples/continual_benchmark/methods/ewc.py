@@ -10,7 +10,7 @@ from tasks import Task
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..parts import Part
+from ..parts import Inputs, Part
 from .sequential import Sequential
 
 
@@ -28,7 +28,7 @@ class EWC(Sequential):
         self.sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of F_t, and of F_t theta_t
         self.constant = torch.zeros((), device=self.device)  # of F_t theta_t^2
 
-    def training_loss(self, parts: list[Part]) -> torch.Tensor | None:
+    def training_loss(self, inputs: Inputs, parts: list[Part]) -> torch.Tensor | None:
         if not self.sums:
             return None
         parts = []

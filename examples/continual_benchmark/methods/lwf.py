@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tasks import Task
 
-from ..parts import Part
+from ..parts import Inputs, Part, parts_of
 from .sequential import Sequential
 
 
@@ -29,15 +29,15 @@ class LwF(Sequential):
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         self.teacher = copy.deepcopy(self.model, memo=shared).eval().requires_grad_(False)
 
-    def training_loss(self, parts: list[Part]) -> torch.Tensor | None:
+    def training_loss(self, inputs: Inputs, parts: list[Part]) -> torch.Tensor | None:
         if self.teacher is None:
             return None
         heat, distances, tokens = self.settings.lwf_temperature, [], 0
-        for part in parts:
-            with torch.no_grad():
-                taught = self.teacher(**part.inputs).logits
+        with torch.no_grad():
+            taught = [self.teacher(**part).logits for part in parts_of(self.teacher, inputs, self.settings.part)]
+        for part, said in zip(parts, taught, strict=True):
             ours, theirs = (
-                torch.log_softmax(part.answers(each).float() / heat, -1) for each in (part.outputs.logits, taught)
+                torch.log_softmax(part.answers(each).float() / heat, -1) for each in (part.outputs.logits, said)
             )
             distances.append(torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum"))
             tokens += len(ours)
