@@ -75,8 +75,9 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, metho
         started = time.time()
         log = learn(method, task, index, settings)
         trained = time.time()
-        said = _test(method, tasks[: index + 1], settings)
-        right = {each.name: said[each.name].correct(each) for each in tasks[: index + 1]}
+        tested = [task] if settings.tested == "new" and index < len(tasks) - 1 else tasks[: index + 1]
+        said = _test(method, tested, settings)
+        right = {each.name: said[each.name].correct(each) for each in tested}
         seconds = {"training": trained - started, "testing": time.time() - trained}
         stage = {"task": task.name, "correct": right, "log": log, "seconds": seconds, **method.facts(task)}
         if index == len(tasks) - 1:

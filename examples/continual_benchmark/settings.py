@@ -47,6 +47,8 @@ class Settings:
     train_limit: int | None = _option(None, "at most this many training examples a task", "data")
     test_limit: int | None = _option(None, "at most this many test examples a task", "data")
     validation: bool = _option(False, "test on the last fifth of the training data; the test split stays shut", "data")
+    tested: str = _option("seen", "after each stage: all tasks seen so far, or only the new one; after the last, all",
+                          "data", choices=("seen", "new"))  # fmt: skip
     score: str = _option("generate", "exact match of what is generated, likelihood of the options, or both", "data",
                          choices=("generate", "options", "both"))  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,25 @@ def test_a_run_that_was_stopped_goes_on(
         assert ours["correct"] == theirs["correct"]
         losses = [[each["loss"] for each in stage["log"]] for stage in (ours, theirs)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_only_the_new_task_is_tested_if_that_is_enough(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    three = tmp_path / "data"
+    shutil.copytree(data, three)
+    shutil.copytree(three / "signs", three / "more")
+    settings = settings_of(
+        benchmark, three, saved["llama"], tmp_path, order="signs,colors,more", method="seq_lora", no_reference=True
+    )
+    seen = benchmark("chain").run(dataclasses.replace(settings, name="seen"))
+    new = benchmark("chain").run(dataclasses.replace(settings, name="new", tested="new"))
+    assert [list(stage["correct"]) for stage in new["stages"]] == [["signs"], ["colors"], ["signs", "colors", "more"]]
+    for ours, theirs in zip(new["stages"], seen["stages"], strict=True):
+        assert ours["correct"].items() <= theirs["correct"].items()
+    for way, found in new["summary"].items():
+        assert found["matrix"][1][0] is None and found["AA"] == seen["summary"][way]["AA"]
+        assert found["BWT"] == seen["summary"][way]["BWT"]
 
 
 def test_a_folder_of_other_settings_is_refused(
