@@ -4,16 +4,19 @@
 
 FILE is for instance examples/continual_benchmark/plans/methods.txt. What comes after it is added to every line.
 Finished runs are left out, so that a queue that was stopped goes on; a run that fails is said at the end, and the
-others go on. One run at a time: two share the cores and take longer than one after the other.
+others go on. One run at a time, unless `--jobs 4` says otherwise: on a CPU two share the cores and take longer than
+one after the other, a GPU has room. Tasks learned alone are shared by runs that come later, not by those beside them.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RUN = Path(__file__).with_name("run.py")
@@ -34,19 +37,39 @@ def lines_of(file: Path, more: Sequence[str]) -> list[list[str]]:
     return runs
 
 
+def run_one(run: Sequence[str], quiet: bool) -> int:
+    """Run it; its exit status. A quiet one says nothing unless it fails."""
+    done = subprocess.run(
+        [sys.executable, str(RUN), *run], check=False, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
+    )  # fmt: skip
+    if quiet and done.returncode:
+        print(done.stdout[-4000:])
+    return done.returncode
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run them; how many failed."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    runs = lines_of(Path(arguments[0]), arguments[1:])
-    failed, started = [], time.time()
-    for number, run in enumerate(runs, start=1):
+    parser = argparse.ArgumentParser(prog="several.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    options, more = parser.parse_known_args(arguments)
+    runs = lines_of(options.file, more)
+    failed, done, started = [], 0, time.time()
+
+    def one(number: int, run: list[str]) -> None:
+        nonlocal done
         print(f"\n##### Run {number} of {len(runs)}: {shlex.join(run)}", flush=True)
-        if subprocess.run([sys.executable, str(RUN), *run], check=False).returncode:
+        if run_one(run, quiet=options.jobs > 1):
             failed.append(shlex.join(run))
-        spent = time.time() - started
-        print(f"##### {number} of {len(runs)} done, {spent / 60:.0f} minutes so far", flush=True)
+        done += 1
+        print(f"##### {done} of {len(runs)} done, {(time.time() - started) / 60:.0f} minutes so far", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, range(1, len(runs) + 1), runs))
     for run_ in failed:
         print(f"failed: {run_}")
     return len(failed)

@@ -186,17 +186,20 @@ def test_without_the_hub_there_is_a_way_out(benchmark: Any) -> None:
         benchmark("hub").hub_task("RTE", full=False)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_several_runs_from_a_file(
-    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], jobs: int
 ) -> None:
     module = benchmark("several")
     plan = tmp_path / "plan.txt"
     plan.write_text("# two runs, one of which fails\n--method seq_lora --order colors,signs\n\n--order shapes\n")
     more = ["--model", str(saved["llama"]), "--data", str(data), "--out", str(tmp_path / "out"), "--no-reference"]
-    assert module.main([str(plan), *more, "--rank", "2", "--precision", "float32"]) == 1
+    assert module.main([str(plan), *more, "--rank", "2", "--precision", "float32", "--jobs", str(jobs)]) == 1
     assert (tmp_path / "out" / "seq_lora-colors-signs-seed0" / "results.json").is_file()
-    said = capfd.readouterr().out
-    assert "SeqLoRA, accuracy in percent" in said and "failed: --order shapes" in said
+    captured = capfd.readouterr()
+    said = captured.out
+    assert ("SeqLoRA, accuracy in percent" in said) == (jobs == 1), "a run beside others says nothing"
+    assert "failed: --order shapes" in said and "no task shapes there" in said + captured.err
     for wrong in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(SystemExit, match="no such file"):
             module.lines_of(wrong, [])
