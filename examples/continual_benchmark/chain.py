@@ -13,6 +13,7 @@ from transformers import set_seed
 from .alone import alone_folder, learn_alone
 from .data import read_tasks
 from .evaluation import Answers, answer, output_similarity
+from .first import keep_first, take_first
 from .methods import METHODS, Method
 from .orders import order_of, short
 from .results import Correct, RunFolder, folder_of
@@ -66,6 +67,8 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, method: Method) -> None:
+    if len(tasks) > 1 and not folder.stages() and take_first(settings, tasks[0], folder):
+        print(f"{tasks[0].name} was learned by an earlier run in the same way.")
     done = len(folder.stages())
     if done:
         print(f"Going on after {tasks[done - 1].name}, which {folder.path} has.")
@@ -83,6 +86,8 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, metho
         if index == len(tasks) - 1:
             stage["outputs"] = output_similarity({name: each.outputs for name, each in said.items()})
         folder.add_stage(stage, method.save)
+        if index == 0 and len(tasks) > 1:
+            keep_first(settings, task, folder, stage)
         print(_line(right) + f"   ({time.time() - started:.0f} s)", flush=True)
 
 

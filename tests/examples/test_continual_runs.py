@@ -133,6 +133,36 @@ def test_a_folder_of_other_settings_is_refused(
     assert again["stages"] == before["stages"], "a finished run is not run again"
 
 
+def test_the_first_stage_is_shared_where_it_is_the_same(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, learned = benchmark("chain"), []
+    learn = chain.learn
+
+    def counted(method: Any, task: Any, index: int, settings: Any) -> Any:
+        learned.append((settings.name, index))
+        return learn(method, task, index, settings)
+
+    def run(name: str, out: str = "shared", **changes: Any) -> Any:
+        settings = settings_of(benchmark, data, saved["llama"], tmp_path / out, name=name, no_reference=True)
+        return chain.run(dataclasses.replace(settings, **changes))
+
+    monkeypatch.setattr(chain, "learn", counted)
+    run("inc", method="inc_lora")
+    run("aso", method="aso_lora")
+    run("hard", method="o_lora")
+    stronger = run("stronger", method="aso_lora", penalty_weight=(5.0,), init="projected")
+    run("stored", method="aso_lora", source="stored")
+    run("longer", method="aso_lora", epochs=2.0)
+    run("seq", method="seq_lora")
+    firsts = [name for name, index in learned if index == 0]
+    assert firsts == ["inc", "aso", "stored", "longer", "seq"], "no vectors, vectors, stored ones, other training"
+    own = run("stronger", "own", method="aso_lora", penalty_weight=(5.0,), init="projected")
+    for ours, theirs in zip(stronger["stages"], own["stages"], strict=True):
+        assert ours["correct"] == theirs["correct"] and ours["psi"] == pytest.approx(theirs["psi"], rel=1e-4)
+        assert [e["loss"] for e in ours["log"]] == pytest.approx([e["loss"] for e in theirs["log"]], rel=1e-4)
+
+
 def test_tasks_learned_alone_are_run_once(
     benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

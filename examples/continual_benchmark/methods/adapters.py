@@ -31,6 +31,12 @@ class ASOLoRA(Method):
     title = "ASO-LoRA"
     trainer = PenaltyTrainer
 
+    @classmethod
+    def first_stage(cls, settings: Any) -> dict[str, Any]:
+        """A first task has no history: how A starts and which vectors are kept is all that matters."""
+        vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
+        return {"adapters": settings.init.split("_")[0].replace("projected", "default"), "vectors": vectors}
+
     def config(self, index: int) -> ASOLoraConfig:
         """The settings of task number `index`."""
         chosen = self.settings
@@ -88,6 +94,7 @@ class ASOLoRA(Method):
         self.model = load_chain(self.model, folder / "chain")
 
 
+_VECTORS = ("steps", "quadrature", "probe", "aggregation", "attribution_model", "source")
 _LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type")
 
 
@@ -95,6 +102,10 @@ class OLoRA(ASOLoRA):
     """Hard orthogonality, as published: psi is 1 and the penalty a sum of absolute values."""
 
     title = "O-LoRA"
+
+    @classmethod
+    def first_stage(cls, settings: Any) -> dict[str, Any]:
+        return {**super().first_stage(settings), "vectors": False}
 
     def config(self, index: int) -> ASOLoraConfig:
         found = super().config(index)
@@ -106,6 +117,10 @@ class IncLoRA(ASOLoRA):
     """No penalty."""
 
     title = "IncLoRA"
+
+    @classmethod
+    def first_stage(cls, settings: Any) -> dict[str, Any]:
+        return {**super().first_stage(settings), "vectors": False}
 
     def config(self, index: int) -> ASOLoraConfig:
         found = super().config(index)

@@ -59,6 +59,11 @@ class Method:
         """What is trained: "lora" or "full"."""
         return "lora"
 
+    @classmethod
+    def first_stage(cls, settings: Settings) -> dict[str, Any] | None:
+        """What the first stage depends on beside the training's settings; None: runs do not share it."""
+        return None
+
     @property
     def learning_rate(self) -> float:
         return self.settings.lr if self.scope_of(self.settings) == "lora" else self.settings.lr_full

@@ -1,0 +1,45 @@
+"""The first stage of a chain of adapters is the same whatever comes later: it is run once, and shared by runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tasks import Task
+
+from .methods import METHODS
+from .results import RunFolder, write_json
+from .settings import Settings, digest
+
+
+def first_folder(settings: Settings, task: Task) -> Path | None:
+    """Where the first stage of runs like this one is kept; None for a method that does not share it."""
+    depends = METHODS[settings.method].first_stage(settings)
+    if depends is None:
+        return None
+    return settings.out / "first" / digest({"task": task.name, **settings.alone(), **depends})
+
+
+def take_first(settings: Settings, task: Task, folder: RunFolder) -> bool:
+    """Give the run the first stage that another one has been through; False if there is none."""
+    there = first_folder(settings, task)
+    if there is None or not (there / "stage.json").is_file():
+        return False
+    stage = json.loads((there / "stage.json").read_text(encoding="utf-8"))
+    folder.add_stage(stage, lambda new: shutil.copytree(there / "state", new, dirs_exist_ok=True) and None)
+    return True
+
+
+def keep_first(settings: Settings, task: Task, folder: RunFolder, stage: dict[str, Any]) -> None:
+    """Keep the first stage of this run for others."""
+    there = first_folder(settings, task)
+    if there is None:
+        return
+    new = there.with_name(f"{there.name}.{os.getpid()}")
+    shutil.rmtree(there, ignore_errors=True)
+    shutil.copytree(folder.state(0), new / "state")
+    os.replace(new, there)
+    write_json(there / "stage.json", stage)  # last: it counts when the state is there
