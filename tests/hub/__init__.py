@@ -1,0 +1,1 @@
+"""Tests of the Hub: against a server on loopback that speaks its protocol to the unmodified client."""
