@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 from . import metrics, plots
 from .attribution import AttributionVector, similarity
-from .chain import ChainError, export_lora, load_chain, load_history, save_chain
+from .chain import ChainError, export_lora, load_history, save_chain
+from .hub import load_chain, push_chain
 from .registration import register
 from .training import (
     ASOSeq2SeqTrainer,
@@ -41,6 +42,7 @@ __all__ = [
     "load_history",
     "metrics",
     "plots",
+    "push_chain",
     "save_chain",
     "similarity",
     "update_coefficients",

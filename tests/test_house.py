@@ -21,7 +21,8 @@ FLOORS = {
     "chain": 3,
     "training": 3,
     "registration": 3,
-    "cli": 4,
+    "hub": 4,
+    "cli": 5,
 }
 # What a room may not know, beside the floors above it.
 FORBIDDEN = {

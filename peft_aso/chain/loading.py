@@ -29,10 +29,11 @@ from ..tuner.checks import chain_obstacles, is_free, name_parts
 from ..tuner.history import adapter_of
 from .errors import ChainError
 from .fitting import BaseView, check_fit, check_name
-from .manifest import check_hash, check_listing, read_manifest
+from .manifest import check_hash, check_listing, read_exports, read_manifest
 from .order import in_order
 from .reading import AdapterFile, check_task_name, existing_folder, find_adapters, read_adapter
 
+Manifest = Mapping[str, Mapping[str, Any]]  # task -> its entry in chain.json
 _BAR_FROM = 5  # adapters; fewer load before a progress bar could be read
 
 
@@ -67,12 +68,32 @@ def load_chain(
             history that is missing or cyclic, two folders with one task, a name that cannot be used, a base
             model that has adapters already.
     """
+    found, manifest = find_chain(source)
+    where = "the list" if not isinstance(source, (str, os.PathLike)) else Path(source)
+    return load_adapters(
+        base, found, manifest, where, tasks=tasks, trainable=trainable, strict=strict,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )  # fmt: skip
+
+
+def load_adapters(
+    base: nn.Module,
+    found: Sequence[AdapterFile],
+    manifest: Manifest,
+    where: Path | str,
+    *,
+    tasks: Sequence[str] | None,
+    trainable: bool,
+    strict: bool,
+    autocast_adapter_dtype: bool,
+) -> Any:
+    """`load_chain` of adapters that were found and read, with the entries of their manifest, from `where`."""
     if isinstance(base, PeftModel) or has_adapters(base):
         raise ChainError(
             "The base model has adapters already. Give load_chain the bare model (model.unload() returns "
             "it), or add a single adapter to this one with load_history or model.load_adapter."
         )
-    adapters, manifest = _select(source, tasks, strict)
+    adapters = _selected(found, manifest, where, tasks, strict)
     taken = name_parts(base)
     for adapter in adapters:
         if not is_free(adapter.name, taken):
@@ -153,34 +174,42 @@ def load_history(
     return model
 
 
-def _select(
+def find_chain(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    tasks: Sequence[str] | None,
-    strict: bool,
-) -> tuple[list[AdapterFile], Mapping[str, Mapping[str, Any]]]:
-    """The adapters to load, oldest first, and the manifest's entries (none where there is no manifest)."""
-    found = [read_adapter(path) for path in find_adapters(source)]
+) -> tuple[list[AdapterFile], Manifest]:
+    """The adapters of a chain's folder, or of a list of folders, and the manifest's entries (none: no manifest)."""
+    if not isinstance(source, (str, os.PathLike)):
+        return [read_adapter(path) for path in find_adapters(source)], {}
+    root = existing_folder(source)
+    exports = read_exports(root)
+    folders = [path for path in find_adapters(root) if path.name not in exports or path == root]
+    manifest = read_manifest(root) or {}
+    return [read_adapter(path) for path in folders], manifest
+
+
+def _selected(
+    found: Sequence[AdapterFile], manifest: Manifest, where: Path | str, tasks: Sequence[str] | None, strict: bool
+) -> list[AdapterFile]:
+    """The adapters to load, oldest first."""
     for adapter in found:
         if adapter.is_stock:
             raise ChainError(
                 f"{adapter.path} is a stock LoRA adapter, trained without a chain. Take it in with "
                 "load_history first, train the tasks on top of it, and save the whole chain."
             )
-    manifest: Mapping[str, Mapping[str, Any]] = {}
-    if isinstance(source, (str, os.PathLike)):
-        manifest = read_manifest(Path(source)) or {}
-        check_listing(Path(source), manifest, found, strict)
+    if manifest:
+        check_listing(where, manifest, found, strict)
         place = {task: index for index, task in enumerate(manifest)}
-        found.sort(key=lambda adapter: place.get(adapter.name, len(place)))
+        found = sorted(found, key=lambda adapter: place.get(adapter.name, len(place)))
     combined = [adapter for adapter in found if adapter.config.combined]
     if combined and tasks is None:
         warnings.warn(
             f"{[adapter.name for adapter in combined]} were made by add_weighted_adapter and are no tasks: "
             "they are left out. Load them with model.load_adapter, or name them in tasks=.",
-            stacklevel=3,
+            stacklevel=4,
         )
         found = [adapter for adapter in found if not adapter.config.combined]
-    return in_order(found, tasks), manifest
+    return in_order(found, tasks)
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +18,8 @@ from .reading import AdapterFile, check_task_name, plain_file
 MANIFEST_NAME = "chain.json"
 FORMAT = "peft_aso chain"
 FORMAT_VERSION = 1
+ROOT = "."  # the folder of a task that lies beside its manifest
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
@@ -48,8 +51,16 @@ def describe(adapter: AdapterFile, folder: str, weights: Mapping[str, torch.Tens
     }
 
 
-def write_manifest(folder: Path, entries: Sequence[Mapping[str, Any]], base_model: str | None) -> None:
-    """Write `chain.json` into `folder`; `entries` in the order in which the tasks were learned."""
+def write_manifest(
+    folder: Path, entries: Sequence[Mapping[str, Any]], base_model: str | None, exports: Sequence[str] = ()
+) -> None:
+    """Write `chain.json` into `folder`.
+
+    Args:
+        entries: of `describe`, in the order in which the tasks were learned. An entry with a `repo_id` and a
+            `revision` is of a task that lies in another repository, in the folder there that it names.
+        exports: folders that hold no task but a sum of tasks.
+    """
     from .. import __version__
 
     content = {
@@ -58,6 +69,7 @@ def write_manifest(folder: Path, entries: Sequence[Mapping[str, Any]], base_mode
         "peft_aso_version": __version__,
         "base_model_name_or_path": base_model,
         "tasks": list(entries),
+        "exports": list(exports),
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -68,6 +80,37 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     Raises:
         ChainError: the manifest is damaged, of a newer format, or names folders outside of its own.
     """
+    found = _read(folder)
+    return None if found is None else found.tasks
+
+
+def read_exports(folder: Path) -> list[str]:
+    """The folders in `folder` that hold no task but a sum of tasks; none without a manifest.
+
+    Raises:
+        ChainError: as `read_manifest`.
+    """
+    found = _read(folder)
+    return [] if found is None else found.exports
+
+
+def read_base_model(folder: Path) -> str | None:
+    """The name of the base model that the manifest gives, if any.
+
+    Raises:
+        ChainError: as `read_manifest`.
+    """
+    found = _read(folder)
+    return None if found is None else found.base_model
+
+
+class _Content(NamedTuple):
+    tasks: dict[str, dict[str, Any]]
+    exports: list[str]
+    base_model: str | None
+
+
+def _read(folder: Path) -> _Content | None:
     if not (folder / MANIFEST_NAME).exists():
         return None
     path = plain_file(folder, MANIFEST_NAME)
@@ -75,6 +118,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         is_ours, version = content["format"] == FORMAT, int(content["format_version"])
         entries = {entry["task"]: dict(entry) for entry in content["tasks"]} if is_ours else {}
+        exports = list(content.get("exports", [])) if is_ours else []
         complete = all({"folder", "history", "sha256"} <= set(entry) for entry in entries.values())
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ChainError(
@@ -90,19 +134,34 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
         )
     for task, entry in entries.items():
         check_task_name(task, path)
-        check_task_name(entry["folder"], path)
-    return entries
+        if entry["folder"] != ROOT:
+            check_task_name(entry["folder"], path)
+        if "repo_id" in entry and not _is_place(entry):
+            raise ChainError(f"{path} has no valid repository and revision for the task {task!r}: {entry!r}.")
+    for export in exports:
+        check_task_name(export, path)
+    base_model = content.get("base_model_name_or_path")
+    return _Content(entries, exports, base_model if isinstance(base_model, str) else None)
+
+
+def _is_place(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry names one commit of one repository."""
+    repo, revision = entry["repo_id"], entry.get("revision")
+    return bool(
+        isinstance(repo, str) and REPO_ID.fullmatch(repo)
+        and isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)
+    )  # fmt: skip
 
 
 def check_listing(
-    folder: Path, entries: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterFile], strict: bool
+    folder: Path | str, entries: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterFile], strict: bool
 ) -> None:
     """Cross-check tasks and histories with the manifest; adapters that were added later need not be in it."""
     by_name = {adapter.name: adapter for adapter in adapters}
     for task, entry in entries.items():
         if task not in by_name:
             warn_or_raise(
-                f"{folder / MANIFEST_NAME} lists the task {task!r} (folder {entry['folder']!r}), which is "
+                f"{MANIFEST_NAME} of {folder} lists the task {task!r} (folder {entry['folder']!r}), which is "
                 "not there. The copy is incomplete: fetch that folder, or pass strict=False to load the "
                 "others.",
                 strict,
@@ -110,7 +169,7 @@ def check_listing(
         elif by_name[task].history != list(entry["history"]):
             warn_or_raise(
                 f"The history of {task!r} is {by_name[task].history} in its adapter_config.json and "
-                f"{entry['history']} in {folder / MANIFEST_NAME}. One of them was changed by hand; run "
+                f"{entry['history']} in {MANIFEST_NAME} of {folder}. One of them was changed by hand; run "
                 "save_chain again, or pass strict=False to believe adapter_config.json.",
                 strict,
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .errors import ChainError
 from .reading import AdapterFile
@@ -38,6 +39,25 @@ def in_order(adapters: Sequence[AdapterFile], tasks: Sequence[str] | None = None
                 f"{adapter.path}, or pass a list of all adapter folders of the chain, oldest first."
             )
     return _sorted(by_name)
+
+
+def with_history(manifest: Mapping[str, Mapping[str, Any]], tasks: Sequence[str] | None) -> list[str]:
+    """Tasks of a manifest and what they were trained on top of, in the manifest's order; None: all.
+
+    Raises:
+        ChainError: a task that the manifest has not.
+    """
+    if tasks is None:
+        return list(manifest)
+    open_tasks, found = [tasks] if isinstance(tasks, str) else list(tasks), set[str]()
+    while open_tasks:
+        task = open_tasks.pop()
+        if task not in manifest:
+            raise ChainError(f"There is no task {task!r} here. There are: {', '.join(map(repr, manifest))}.")
+        if task not in found:
+            found.add(task)
+            open_tasks.extend(manifest[task]["history"])
+    return [task for task in manifest if task in found]
 
 
 def _by_name(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:

@@ -14,7 +14,7 @@ from ..tuner import ASOLoraModel
 from ..tuner.history import adapter_of, task_name_of
 from .atomic import replaced_folder
 from .errors import ChainError
-from .manifest import describe, write_manifest
+from .manifest import describe, read_exports, write_manifest
 from .order import in_order
 from .reading import check_task_name, read_adapter
 
@@ -57,8 +57,13 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
             written.append(read_adapter(stage / task))
         entries = [describe(adapter, adapter.path.name, adapter.weights()) for adapter in in_order(written)]
         names = [adapter.config.base_model_name_or_path for adapter in written]
-        write_manifest(stage, entries, next(filter(None, names), None))
+        write_manifest(stage, entries, next(filter(None, names), None), _still_there(path))
     return path
+
+
+def _still_there(folder: Path) -> list[str]:
+    """The exports that `folder` holds, and keeps."""
+    return [export for export in read_exports(folder) if (folder / export).is_dir()]
 
 
 def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:

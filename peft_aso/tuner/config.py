@@ -175,6 +175,9 @@ class ASOLoraConfig(LoraConfig):
         combined (`bool`):
             Set on adapters made by `add_weighted_adapter`: they are no task and never become history by
             themselves.
+        origin (`dict`, *optional*):
+            The `repo_id`, `revision` and `folder` on the Hub that the adapter was loaded from, and the `sha256` of
+            its weights then. Written by `load_chain`.
         peft_aso_version (`str`, *optional*):
             Version of this package that saved the config. Written when saving.
     """
@@ -192,6 +195,7 @@ class ASOLoraConfig(LoraConfig):
     soft_coefficients: dict[str, Any] | None = None
     similarities: dict[str, Any] | None = None
     combined: bool = False
+    origin: dict[str, Any] | None = None
     peft_aso_version: str | None = None
 
     def __post_init__(self) -> None:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from tests.hub.server import TOKEN, Hub
+from tests.hub.server import Hub
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-def test_what_is_pushed_comes_back(hub: Hub, tmp_path: Path, online: None) -> None:
-    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+def test_what_is_pushed_comes_back(hub: Hub, tmp_path: Path) -> None:
+    api = HfApi()
     api.create_repo("user/thing")
     with pytest.raises(HfHubHTTPError):
         api.create_repo("user/thing")
@@ -29,18 +22,18 @@ def test_what_is_pushed_comes_back(hub: Hub, tmp_path: Path, online: None) -> No
         "user/thing", [CommitOperationAdd(path, data) for path, data in content.items()], commit_message="one"
     )
     assert hub.files("user/thing").items() >= content.items()
-    folder = Path(snapshot_download("user/thing", endpoint=hub.endpoint, cache_dir=tmp_path))
+    folder = Path(snapshot_download("user/thing", cache_dir=tmp_path))
     assert {path: (folder / path).read_bytes() for path in content} == content
     assert folder.name == first.oid
     hub.cut("GET", "/cdn/", after=1000)
     hub.fail("HEAD", "a.json", 503)
-    again = Path(snapshot_download("user/thing", endpoint=hub.endpoint, cache_dir=tmp_path / "other"))
+    again = Path(snapshot_download("user/thing", cache_dir=tmp_path / "other"))
     assert (again / "b/large.safetensors").read_bytes() == content["b/large.safetensors"]
     assert not hub.faults
 
 
-def test_a_parent_that_is_not_the_newest_is_refused(hub: Hub, online: None) -> None:
-    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+def test_a_parent_that_is_not_the_newest_is_refused(hub: Hub) -> None:
+    api = HfApi()
     api.create_repo("user/thing")
     parent = hub.repos["user/thing"].head.oid
     add = [CommitOperationAdd("a.json", b"{}")]
@@ -50,13 +43,13 @@ def test_a_parent_that_is_not_the_newest_is_refused(hub: Hub, online: None) -> N
     assert refused.value.response.status_code == 412 and "a.json" not in hub.files("user/thing")
 
 
-def test_what_is_not_there_or_not_allowed(hub: Hub, online: None) -> None:
+def test_what_is_not_there_or_not_allowed(hub: Hub) -> None:
     with pytest.raises(RepositoryNotFoundError):
-        HfApi(endpoint=hub.endpoint, token=False).model_info("user/none")
+        HfApi(token=False).model_info("user/none")
     hub.put("user/thing", {"a.json": b"{}"})
     with pytest.raises(RevisionNotFoundError):
-        HfApi(endpoint=hub.endpoint).model_info("user/thing", revision="0" * 40)
+        HfApi().model_info("user/thing", revision="0" * 40)
     hub.repos["user/thing"].private = True
     with pytest.raises(RepositoryNotFoundError):
-        HfApi(endpoint=hub.endpoint, token=False).model_info("user/thing")
-    assert HfApi(endpoint=hub.endpoint, token=TOKEN).model_info("user/thing").sha == hub.repos["user/thing"].head.oid
+        HfApi(token=False).model_info("user/thing")
+    assert HfApi().model_info("user/thing").sha == hub.repos["user/thing"].head.oid

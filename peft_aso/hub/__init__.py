@@ -1,0 +1,8 @@
+"""Chains of tasks on the Hugging Face Hub: fetched with pinned revisions, pushed in one commit."""
+
+from __future__ import annotations
+
+from .loading import load_chain
+from .pushing import push_chain
+
+__all__ = ["load_chain", "push_chain"]

@@ -1,0 +1,71 @@
+"""`load_chain` from folders and from the Hub, in any mixture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..chain.loading import load_adapters
+from .fetching import Access, Source, fetch, fetch_each, is_on_hub
+
+
+def load_chain(
+    base: nn.Module,
+    source: Source | Sequence[Source],
+    *,
+    tasks: Sequence[str] | None = None,
+    trainable: bool = False,
+    strict: bool = True,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """Put all tasks of a chain onto a base model; the newest is active, on top of its history.
+
+    From the Hub only `chain.json`, configs and safetensors are fetched, in parallel; the commit of each repository is
+    kept in its adapters' configs (`origin`). Tasks that a chain's manifest pins in other repositories are
+    fetched at those commits. What has been fetched once is loaded offline.
+
+    Args:
+        base: the base model, without adapters. It is changed in place, as by `get_peft_model`.
+        source: a folder written by `model.save_pretrained` or `save_chain`, the id of a repository on the Hub
+            ("user/chain"), or a list of adapter folders and ids, oldest first.
+        tasks: load only these tasks, and what they were trained on top of. None: all.
+        trainable: whether the newest task can be trained on. Its history is frozen either way.
+        strict: whether weights or histories that differ from what the manifest says (of the chain, or of a task
+            trained on top of others) are an error; else a warning.
+        autocast_adapter_dtype: as in PEFT: keep adapter weights in float32 where the model is in half
+            precision.
+        revision: branch, tag or commit of a single repository. None: its main branch.
+        token: for private repositories. None: the one of `hf auth login`.
+        cache_dir: where files are kept. None: huggingface_hub's cache.
+        local_files_only: do not ask the Hub.
+
+    Returns:
+        The `PeftModel`, in eval mode unless trainable (then its mode is left as it was). Each adapter is
+        called by its task's name.
+
+    Raises:
+        ChainError: before the model is touched: a repository, revision or file that is not there, unreadable or
+            unsafe files, NaN or Inf, another base model, a history that is missing or cyclic, or has other
+            weights than the ones trained on, two folders with one task, a name that cannot be used, a base
+            model that has adapters already.
+        ValueError: a revision for more than one repository.
+    """
+    if revision is not None and not is_on_hub(source):
+        raise ValueError("revision= is for one repository on the Hub. Histories are pinned by their manifest.")
+    access = Access(revision, token, cache_dir, local_files_only)
+    if isinstance(source, (str, os.PathLike)):
+        found, where = fetch(source, access, tasks, strict), str(source)
+    else:
+        found, where = fetch_each(source, access, strict), "the list"
+    return load_adapters(
+        base, found.adapters, found.manifest, where, tasks=tasks, trainable=trainable, strict=strict,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )  # fmt: skip

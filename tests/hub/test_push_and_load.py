@@ -1,0 +1,205 @@
+"""A chain goes to the Hub and comes back, whole, pinned and in spite of what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import PeftModel
+
+from peft_aso import ASOLoraConfig, ChainError, load_chain, push_chain, save_chain
+from peft_aso.chain.manifest import MANIFEST_NAME
+from tests.chain.chains import make_chain, randomize, settings
+from tests.hub.server import TOKEN, Hub
+from tests.tiny_models import tiny, tiny_batch
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    return tiny("llama").eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    return model(**tiny_batch(model)).logits
+
+
+def same(model: Any, other: Any) -> None:
+    torch.testing.assert_close(logits(model), logits(other), atol=1e-5, rtol=1e-4)
+
+
+def extended(model: Any, task: str) -> Any:
+    """One more task on top, with random weights."""
+    model.add_adapter(task, ASOLoraConfig(**settings("llama")))
+    model.set_adapter(task)
+    randomize(model, task)
+    return model.eval()
+
+
+def test_a_chain_in_one_repository(hub: Hub) -> None:
+    model = make_chain()
+    commits = push_chain(model, "user/chain", accuracy={"second": 71.25})
+    assert commits == {"user/chain": hub.repos["user/chain"].head.oid}
+    assert len(hub.repos["user/chain"].commits) == 2, "the initial commit, and one with everything"
+    files = hub.files("user/chain")
+    tasks = {f"{task}/adapter_model.safetensors" for task in ("first", "second", "third", "merged")}
+    assert tasks | {"chain.json", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert "base_model_relation: adapter" in card and "library_name: peft" in card and "71.2" in card
+    assert 'load_chain(base, "user/chain")' in card
+    found = load_chain(base(), "user/chain")
+    same(found, model)
+    assert found.base_model.history == ("first", "second")
+    assert found.peft_config["second"].origin["revision"] == commits["user/chain"]
+    assert load_chain(base(), "user/chain", tasks=["second"]).base_model.history == ("first",)
+    same(PeftModel.from_pretrained(base(), "user/chain", subfolder="merged"), model)
+
+
+def test_only_what_is_needed_is_fetched_and_then_it_works_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain")
+    hub.requests.clear()
+    load_chain(base(), "user/chain", tasks=["first"])
+    fetched = [path for method, path in hub.requests if method == "GET" and ("/resolve/" in path or "/cdn/" in path)]
+    assert not any("second" in path or "merged" in path or "README" in path for path in fetched)
+    load_chain(base(), "user/chain")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    same(load_chain(base(), "user/chain"), model)
+    assert not hub.requests
+    with pytest.raises(ChainError, match="cannot be reached"):
+        load_chain(base(), "user/other")
+
+
+def test_a_revision_is_what_was_there_then(hub: Hub) -> None:
+    model = make_chain()
+    first = push_chain(model, "user/chain", merged=False)["user/chain"]
+    before = logits(model)
+    push_chain(extended(model, "fourth"), "user/chain", merged=False)
+    assert load_chain(base(), "user/chain").base_model.history == ("first", "second", "third")
+    torch.testing.assert_close(logits(load_chain(base(), "user/chain", revision=first)), before, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ChainError, match="no revision"):
+        load_chain(base(), "user/chain", revision="0" * 40)
+    with pytest.raises(ValueError, match="one repository"):
+        load_chain(base(), ["user/chain"], revision=first)
+
+
+def test_a_repository_a_task_pins_its_history(hub: Hub) -> None:
+    model = make_chain()
+    commits = push_chain(model, "user/chain", per_task=True)
+    assert list(commits) == ["user/chain-first", "user/chain-second", "user/chain-third"]
+    for count, repo in enumerate(commits):
+        entries = json.loads(hub.files(repo)[MANIFEST_NAME])["tasks"]
+        assert [entry.get("revision") for entry in entries] == [*list(commits.values())[:count], None]
+        assert "adapter_config.json" in hub.files(repo), "at the root, where PEFT looks"
+    same(load_chain(base(), "user/chain-third"), model)
+    same(load_chain(base(), list(commits)), model)
+    alone = PeftModel.from_pretrained(base(), "user/chain-first")
+    same(alone, load_chain(base(), "user/chain-first"))
+
+
+def test_others_go_on_with_a_chain_and_pin_what_they_went_on_with(hub: Hub) -> None:
+    push_chain(make_chain(), "alice/chain")
+    theirs = hub.repos["alice/chain"].head.oid
+    model = extended(load_chain(base(), "alice/chain", trainable=True), "fourth")
+    commits = push_chain(model, "bob/more", per_task=True)
+    assert list(commits) == ["bob/more-fourth"], "what lies on the Hub is pinned there"
+    entries = json.loads(hub.files("bob/more-fourth")[MANIFEST_NAME])["tasks"]
+    assert [(e["repo_id"], e["revision"], e["folder"]) for e in entries[:3]] == [
+        ("alice/chain", theirs, name) for name in ("first", "second", "third")
+    ]
+    assert f"alice/chain/tree/{theirs}" in hub.files("bob/more-fourth")["README.md"].decode()
+    changed = {path: data for path, data in hub.files("alice/chain").items() if path.startswith("second/")}
+    hub.put("alice/chain", {"first/" + path.split("/")[1]: data for path, data in changed.items()})
+    same(load_chain(base(), "bob/more-fourth"), model)
+
+
+def test_another_history_than_the_one_trained_on_is_an_error_with_both_hashes(hub: Hub) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain", per_task=True)
+    entries = json.loads(hub.files("user/chain-second")[MANIFEST_NAME])["tasks"]
+    randomize(model, "first")
+    push_chain(make_chain(tasks={"first": {}}, seed=5), "eve/chain", per_task=True)
+    other = json.loads(hub.files("eve/chain-first")[MANIFEST_NAME])["tasks"][0]["sha256"]
+    with pytest.raises(ChainError) as error:
+        load_chain(base(), ["eve/chain-first", "user/chain-second"])
+    assert entries[0]["sha256"] in str(error.value) and other in str(error.value)
+    with pytest.warns(UserWarning, match="other weights than these"):
+        load_chain(base(), ["eve/chain-first", "user/chain-second"], strict=False)
+    files = hub.files("eve/chain-first")
+    hub.put("user/chain-first", {"adapter_model.safetensors": files["adapter_model.safetensors"]})
+    with pytest.raises(ChainError, match="are not those that save_chain wrote"):
+        load_chain(base(), "user/chain-first")
+    load_chain(base(), "user/chain-second")  # at the commit that it pins, all is as it was
+
+
+def test_a_folder_and_a_repository_together(hub: Hub, tmp_path: Path) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain", tasks=["first"])
+    save_chain(model, tmp_path / "local")
+    same(load_chain(base(), ["user/chain", tmp_path / "local" / "second", tmp_path / "local" / "third"]), model)
+
+
+def test_a_push_that_dies_leaves_the_old_chain(hub: Hub) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain")
+    before = hub.repos["user/chain"].head.oid
+    model = extended(model, "fourth")
+    hub.cut("PUT", "/lfs/", after=100, times=20)
+    with pytest.raises(Exception, match=r".*"):
+        push_chain(model, "user/chain")
+    hub.faults.clear()
+    hub.fail("POST", "/commit/", 503, times=20)
+    with pytest.raises(ChainError, match="answered 503"):
+        push_chain(model, "user/chain")
+    hub.faults.clear()
+    assert hub.repos["user/chain"].head.oid == before
+    assert load_chain(base(), "user/chain").base_model.history == ("first", "second")
+    push_chain(model, "user/chain")
+    same(load_chain(base(), "user/chain"), model)
+
+
+def test_a_second_writer_is_a_conflict(hub: Hub) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain")
+    mine, theirs = (extended(load_chain(base(), "user/chain"), name) for name in ("mine", "theirs"))
+
+    def in_between(repo: str) -> None:
+        hub.before_commit = None
+        hub.put(repo, {"note.txt": b"somebody was here"})
+
+    hub.before_commit = in_between
+    with pytest.raises(ChainError, match="pushed to user/chain in between"):
+        push_chain(mine, "user/chain")
+    push_chain(mine, "user/chain")
+    with pytest.raises(ChainError, match="has 'mine', which this model has not.*Nothing was pushed"):
+        push_chain(theirs, "user/chain")
+    randomize(mine, "second")
+    with pytest.raises(ChainError, match="other weights for 'second'"):
+        push_chain(mine, "user/chain")
+    assert set(hub.files("user/chain")) >= {"note.txt", "mine/adapter_config.json"}
+
+
+def test_who_may_not_write_or_read(hub: Hub) -> None:
+    model = make_chain()
+    with pytest.raises(ChainError, match=r"may not write to user/chain.*hf auth login"):
+        push_chain(model, "user/chain", token="hf_wrong")
+    assert not hub.repos
+    push_chain(model, "user/chain", private=True, token=TOKEN)
+    assert hub.repos["user/chain"].private
+    with pytest.raises(ChainError, match="private, log in"):
+        load_chain(base(), "user/chain", token=False)
+    same(load_chain(base(), "user/chain", token=TOKEN), model)
+
+
+def test_a_download_that_is_cut_goes_on(hub: Hub) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain")
+    hub.cut("GET", "/cdn/", after=500)
+    same(load_chain(base(), "user/chain"), model)
+    assert not hub.faults
