@@ -174,8 +174,8 @@ def _writing(repo: str) -> Iterator[None]:
     try:
         with said_clearly(repo):
             yield
-    except ChainError as error:
-        cause = error.__cause__
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, ChainError) else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if status == _CONFLICT:
             raise ChainError(
@@ -187,4 +187,7 @@ def _writing(repo: str) -> Iterator[None]:
                 f"You may not write to {repo} (the Hub answered {status}). Log in with `hf auth login`, or pass a "
                 "token= with the right to write."
             ) from cause
-        raise
+        raise ChainError(
+            f"The push to {repo} broke off ({type(cause).__name__}: {cause}). Its readers see what was there "
+            "before. Push again: files that have arrived are not sent twice."
+        ) from cause
