@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 from . import metrics, plots
 from .attribution import AttributionVector, similarity
-from .chain import ChainError, export_lora, load_history, save_chain
-from .hub import load_chain, push_chain
+from .chain import ChainError, export_lora, save_chain
+from .hub import load_chain, load_history, push_chain
 from .registration import register
 from .training import (
     ASOSeq2SeqTrainer,

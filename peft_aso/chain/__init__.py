@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .errors import ChainError
 from .export import export_lora
-from .loading import load_chain, load_history
 from .saving import save_chain
 
-__all__ = ["ChainError", "export_lora", "load_chain", "load_history", "save_chain"]
+__all__ = ["ChainError", "export_lora", "save_chain"]

@@ -37,45 +37,6 @@ Manifest = Mapping[str, Mapping[str, Any]]  # task -> its entry in chain.json
 _BAR_FROM = 5  # adapters; fewer load before a progress bar could be read
 
 
-def load_chain(
-    base: nn.Module,
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    *,
-    tasks: Sequence[str] | None = None,
-    trainable: bool = False,
-    strict: bool = True,
-    autocast_adapter_dtype: bool = True,
-) -> Any:
-    """Put all tasks of a chain onto a base model; the newest is active, on top of its history.
-
-    Args:
-        base: the base model, without adapters. It is changed in place, as by `get_peft_model`.
-        source: a folder written by `model.save_pretrained` or `save_chain`, or a list of adapter folders,
-            oldest first.
-        tasks: load only these tasks, and what they were trained on top of. None: all.
-        trainable: whether the newest task can be trained on. Its history is frozen either way.
-        strict: whether weights or histories that differ from the folder's `chain.json` are an error (else a
-            warning).
-        autocast_adapter_dtype: as in PEFT: keep adapter weights in float32 where the model is in half
-            precision.
-
-    Returns:
-        The `PeftModel`, in eval mode unless trainable (then its mode is left as it was). Each adapter is
-        called by its task's name.
-
-    Raises:
-        ChainError: before the model is touched: unreadable or unsafe files, NaN or Inf, another base model, a
-            history that is missing or cyclic, two folders with one task, a name that cannot be used, a base
-            model that has adapters already.
-    """
-    found, manifest = find_chain(source)
-    where = "the list" if not isinstance(source, (str, os.PathLike)) else Path(source)
-    return load_adapters(
-        base, found, manifest, where, tasks=tasks, trainable=trainable, strict=strict,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )  # fmt: skip
-
-
 def load_adapters(
     base: nn.Module,
     found: Sequence[AdapterFile],
@@ -87,7 +48,19 @@ def load_adapters(
     strict: bool,
     autocast_adapter_dtype: bool,
 ) -> Any:
-    """`load_chain` of adapters that were found and read, with the entries of their manifest, from `where`."""
+    """What `peft_aso.load_chain` does with adapters that were found and read.
+
+    Args:
+        base, tasks, trainable, strict, autocast_adapter_dtype: as there.
+        manifest: what is known of the tasks; a task whose weights or history differ is an error, if strict.
+        where: that comes from, for messages.
+
+    Returns:
+        The `PeftModel`.
+
+    Raises:
+        ChainError: before the model is touched, as there.
+    """
     if isinstance(base, PeftModel) or has_adapters(base):
         raise ChainError(
             "The base model has adapters already. Give load_chain the bare model (model.unload() returns "
@@ -122,25 +95,11 @@ def load_history(
     model: Any,
     source: str | os.PathLike[str],
     name: str | None = None,
+    fallback: str | None = None,
     *,
     autocast_adapter_dtype: bool = True,
 ) -> Any:
-    """Take an adapter in as history for the tasks that come: a stock LoRA adapter, or one of this package's.
-
-    Args:
-        model: a `PeftModel` with ASO_LORA adapters, or a bare base model, which is wrapped.
-        source: the adapter's folder. A stock adapter (peft_type LORA) gets an empty history.
-        name: the task's name in the chain. None: the one in its config, else the folder's.
-
-    Returns:
-        The `PeftModel`. What was active stays active, and what trained still trains. A model that had no
-        adapter runs the loaded one, frozen.
-
-    Raises:
-        ChainError: before the model is touched: as `load_chain`; an adapter that cannot be summed with others
-            (DoRA, trained biases, PiSSA and others that change the base weights); a name that is taken; a
-            history that is not in the model.
-    """
+    """`load_history` from a folder; `fallback` is the name of an adapter that has none, in place of the folder's."""
     bare = not isinstance(model, PeftModel)
     if not bare and not isinstance(model.base_model, ASOLoraModel) or bare and has_adapters(model):
         raise ChainError(
@@ -148,6 +107,8 @@ def load_history(
             "a bare base model (model.unload() returns it)."
         )
     adapter = read_adapter(existing_folder(source))
+    if fallback is not None and getattr(adapter.config, "task_name", None) is None:
+        name = name or fallback
     if name is not None:
         check_task_name(name, Path("The argument name"))
         adapter = replace(adapter, name=name)
@@ -244,7 +205,7 @@ def _warn_of_other_bases(adapters: Sequence[AdapterFile], base: nn.Module) -> No
         warnings.warn(
             f"The adapters say that they were trained on {', '.join(map(repr, sorted(names)))}; this base "
             f"model is called {own!r}. If it is another model of the same shape, the results will be wrong.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

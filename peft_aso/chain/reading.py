@@ -147,8 +147,8 @@ def existing_folder(source: str | os.PathLike[str]) -> Path:
         raise ChainError(f"{path} is a file. Give the folder that holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}.")
     if not path.is_dir():
         raise ChainError(
-            f"There is no folder {str(source)!r} on this machine. For a repository on the Hub, download it "
-            "first and give the folder that huggingface_hub.snapshot_download returns."
+            f"There is no folder {str(source)!r} on this machine. Give an existing folder, or the id of a "
+            'repository on the Hub, which has one slash ("user/chain").'
         )
     return path
 

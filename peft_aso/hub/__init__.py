@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .loading import load_chain
+from .loading import load_chain, load_history
 from .pushing import push_chain
 
-__all__ = ["load_chain", "push_chain"]
+__all__ = ["load_chain", "load_history", "push_chain"]

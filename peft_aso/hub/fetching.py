@@ -26,6 +26,7 @@ from ..chain.order import with_history
 from ..chain.reading import AdapterFile, read_adapter
 
 Source = str | os.PathLike[str]
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def fetch(source: Source, access: Access, tasks: Sequence[str] | None, strict: b
         _add_repository(found, str(source), access, tasks)
         return found
     adapters, manifest = find_chain(source)
-    for adapter in adapters:
+    found.manifest.update(manifest)
+    wanted = {task: manifest[task] for task in with_history(manifest, tasks)} if _is_pinned(manifest) else {}
+    for adapter in [*_pinned(wanted, access), *adapters]:
         found.add(adapter, manifest.get(adapter.name))
-    _add_pinned(found, manifest, access, tasks)
-    found.manifest.update({task: entry for task, entry in manifest.items() if task not in found.manifest})
     return found
 
 
@@ -125,41 +126,42 @@ def _add_repository(found: Fetched, repo: str, access: Access, tasks: Sequence[s
     own = [entry["folder"] for entry in wanted.values() if "repo_id" not in entry]
     root = access.snapshot(repo, _files_in(own if manifest else [ROOT, "*"]), revision=root.name)
     adapters = [read_adapter(root / place) for place in own] if manifest else find_chain(root)[0]
-    _add_pinned(found, wanted, access, None)
     for adapter in adapters:
-        entry = manifest.get(adapter.name)
         folder = ROOT if adapter.path == root else adapter.path.name
-        found.add(_marked(adapter, repo, root.name, folder, entry), entry)
+        _mark(adapter, repo, root.name, folder, manifest.get(adapter.name))
+    place = {task: index for index, task in enumerate(wanted)}
+    both = [*_pinned(wanted, access), *adapters]
+    for adapter in sorted(both, key=lambda adapter: place.get(adapter.name, len(place))):
+        found.add(adapter, manifest.get(adapter.name))
 
 
-def _add_pinned(
-    found: Fetched, manifest: Mapping[str, Mapping[str, Any]], access: Access, tasks: Sequence[str] | None
-) -> None:
-    """Fetch the tasks that lie in other repositories, at the commits that the manifest names."""
-    for task in with_history(manifest, tasks) if manifest else []:
-        entry = manifest[task]
-        if "repo_id" not in entry:
-            continue
-        place = entry["folder"]
-        root = access.snapshot(entry["repo_id"], _files_in([place]), revision=entry["revision"])
-        adapter = read_adapter(root if place == ROOT else root / place)
-        found.add(_marked(adapter, entry["repo_id"], entry["revision"], place, entry), entry)
+def _is_pinned(manifest: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any("repo_id" in entry for entry in manifest.values())
+
+
+def _pinned(manifest: Mapping[str, Mapping[str, Any]], access: Access) -> list[AdapterFile]:
+    """The tasks that lie in other repositories, at the commits that the manifest names."""
+    found = []
+    for entry in manifest.values():
+        if "repo_id" in entry:
+            folder = entry["folder"]
+            root = access.snapshot(entry["repo_id"], _files_in([folder]), revision=entry["revision"])
+            adapter = read_adapter(root if folder == ROOT else root / folder)
+            _mark(adapter, entry["repo_id"], entry["revision"], folder, entry)
+            found.append(adapter)
+    return found
 
 
 def _files_in(folders: Sequence[str]) -> list[str]:
     """Patterns of the files that an adapter consists of."""
-    files = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-    return [name if place == ROOT else f"{place}/{name}" for place in folders for name in files]
+    return [name if place == ROOT else f"{place}/{name}" for place in folders for name in ADAPTER_FILES]
 
 
-def _marked(
-    adapter: AdapterFile, repo: str, revision: str, folder: str, entry: Mapping[str, Any] | None
-) -> AdapterFile:
-    """The adapter, whose config says where it is from."""
+def _mark(adapter: AdapterFile, repo: str, revision: str, folder: str, entry: Mapping[str, Any] | None) -> None:
+    """The adapter's config says where it is from."""
     if not adapter.is_stock:
         digest = weights_hash(adapter.weights()) if entry is None else entry["sha256"]
         adapter.config.origin = {"repo_id": repo, "revision": revision, "folder": folder, "sha256": digest}
-    return adapter
 
 
 @contextmanager
@@ -182,7 +184,8 @@ def said_clearly(repo: str, revision: str | None = None) -> Iterator[None]:
         raise ChainError(f"{repo} has no revision {revision!r}. Look at its commits, or leave it out.") from error
     except LocalEntryNotFoundError as error:
         raise ChainError(
-            f"{repo} is not in the cache, or not all of it, and the Hub cannot be reached. Load it once while online."
+            f"There is no folder {repo!r} on this machine; as a repository it is not in the cache, or not all of it, "
+            "and the Hub cannot be reached. Load it once while online."
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code

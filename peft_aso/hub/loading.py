@@ -1,4 +1,4 @@
-"""`load_chain` from folders and from the Hub, in any mixture."""
+"""`load_chain` and `load_history` from folders and from the Hub, in any mixture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..chain.loading import load_adapters
-from .fetching import Access, Source, fetch, fetch_each, is_on_hub
+from ..chain import loading
+from .fetching import ADAPTER_FILES, Access, Source, fetch, fetch_each, is_on_hub
 
 
 def load_chain(
@@ -65,7 +65,45 @@ def load_chain(
         found, where = fetch(source, access, tasks, strict), str(source)
     else:
         found, where = fetch_each(source, access, strict), "the list"
-    return load_adapters(
+    return loading.load_adapters(
         base, found.adapters, found.manifest, where, tasks=tasks, trainable=trainable, strict=strict,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )  # fmt: skip
+
+
+def load_history(
+    model: Any,
+    source: Source,
+    name: str | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """Take an adapter in as history for the tasks that come: a stock LoRA adapter, or one of this package's.
+
+    Args:
+        model: a `PeftModel` with ASO_LORA adapters, or a bare base model, which is wrapped.
+        source: the adapter's folder, or the id of a repository that has it at its root ("user/plain-lora"). A stock
+            adapter (peft_type LORA) gets an empty history.
+        name: the task's name in the chain. None: the one in its config, else the folder's or repository's.
+        autocast_adapter_dtype: as in PEFT: keep adapter weights in float32 where the model is in half
+            precision.
+        revision, token, cache_dir, local_files_only: as `load_chain`.
+
+    Returns:
+        The `PeftModel`. What was active stays active, and what trained still trains. A model that had no
+        adapter runs the loaded one, frozen.
+
+    Raises:
+        ChainError: before the model is touched: as `load_chain`; an adapter that cannot be summed with others
+            (DoRA, trained biases, PiSSA and others that change the base weights); a name that is taken; a
+            history that is not in the model.
+    """
+    folder, fallback = source, None
+    if is_on_hub(source):
+        folder = Access(revision, token, cache_dir, local_files_only).snapshot(source, ADAPTER_FILES)
+        fallback = source.split("/")[1]
+    return loading.load_history(model, folder, name, fallback, autocast_adapter_dtype=autocast_adapter_dtype)

@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_aso import ASOLoraConfig
-from peft_aso.chain import load_chain, load_history, loading, save_chain
+from peft_aso import ASOLoraConfig, load_chain, load_history
+from peft_aso.chain import loading, save_chain
 from peft_aso.tuner.bulk import SavedAdapter, add_saved
 from tests.chain.chains import logits, make_chain, randomize, settings, stock_adapter
 from tests.chain.same import check_same

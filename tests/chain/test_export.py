@@ -21,8 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from peft_aso import HistoryError, MissingHistoryError
-from peft_aso.chain import ChainError, export, export_lora, load_chain, save_chain
+from peft_aso import HistoryError, MissingHistoryError, load_chain
+from peft_aso.chain import ChainError, export, export_lora, save_chain
 from peft_aso.tuner.layer import adapters_in, matrices_of
 from tests.chain.chains import logits, make_chain, settings
 from tests.tiny_models import tiny, tiny_batch

@@ -76,7 +76,7 @@ def test_finds_subfolders_and_the_root(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path / "missing", "There is no folder .*snapshot_download"),
+        (lambda path: path / "missing", "There is no folder .*user/chain"),
         (lambda path: "somebody/chain", "There is no folder 'somebody/chain'"),
         (lambda path: path / "first" / CONFIG_NAME, "is a file"),
         (lambda path: [], "list of adapter folders is empty"),

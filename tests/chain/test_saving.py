@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
-from peft_aso.chain import ChainError, load_chain, save_chain, saving
+from peft_aso import load_chain
+from peft_aso.chain import ChainError, save_chain, saving
 from peft_aso.chain.manifest import MANIFEST_NAME, weights_hash
 from tests.chain.chains import killed_in_a_child, logits, make_chain, settings
 from tests.tiny_models import tiny
