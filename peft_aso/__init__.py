@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 from . import metrics, plots
 from .attribution import AttributionVector, similarity
-from .chain import ChainError, export_lora, save_chain
+from .chain import ChainError, export_lora, export_merged, save_chain
 from .hub import load_chain, load_history, push_chain
 from .registration import register
 from .training import (
@@ -38,6 +38,7 @@ __all__ = [
     "MissingHistoryError",
     "compute_attribution",
     "export_lora",
+    "export_merged",
     "load_chain",
     "load_history",
     "metrics",

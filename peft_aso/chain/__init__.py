@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .errors import ChainError
 from .export import export_lora
+from .merged import export_merged
 from .saving import save_chain
 
-__all__ = ["ChainError", "export_lora", "save_chain"]
+__all__ = ["ChainError", "export_lora", "export_merged", "save_chain"]

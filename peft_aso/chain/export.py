@@ -82,18 +82,18 @@ def export_lora(
     if dtype is not None and not dtype.is_floating_point:
         raise ChainError(f"dtype={dtype} is not a floating point type. Use torch.float32, bfloat16 or float16.")
     _check_folder(Path(folder))
-    names = _selected(tuner, tasks)
-    layers = _layers(tuner, names)
-    biases = _biases(layers, names)
+    names = selected_adapters(tuner, tasks)
+    layers = layers_of(tuner, names)
+    biases = biases_of(layers, names)
     dtype = dtype or _common_dtype(layers, names)
-    sums = {name: weighted_sum(_parts(layer, names)) for name, layer in layers.items()}
+    sums = {name: weighted_sum(parts_of(layer, names)) for name, layer in layers.items()}
     short = {name: truncated(product, max_rank or product.rank) for name, product in sums.items()}
     rank = max(product.rank for product in short.values())
     written = {name: _rounded(name, padded(product, rank), dtype) for name, product in short.items()}
     error = _relative_error(sums, written)
     weights = _weights(layers, names, written, dtype)
     weights.update({f"{PREFIX}{name}.lora_B.bias": bias.to(dtype) for name, bias in biases.items()})
-    weights.update(_head(tuner, names))
+    weights.update(head_of(tuner, names))
     config = _config(tuner, names, layers, rank, lora_bias=bool(biases))
     _say(rank, max(product.rank for product in sums.values()), error)
     with replaced_folder(folder) as stage:
@@ -116,7 +116,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _selected(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[str]:
+def selected_adapters(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[str]:
     """The adapters to add up, oldest first; the last one's head is the export's."""
     configs = tuner.peft_config
     if tasks is None:
@@ -141,7 +141,7 @@ def _selected(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _layers(tuner: ASOLoraModel, names: Sequence[str]) -> dict[str, LoraLayer]:
+def layers_of(tuner: ASOLoraModel, names: Sequence[str]) -> dict[str, LoraLayer]:
     """The layers on which one of the adapters has weights."""
     layers = {name: layer for name, layer in tuner.lora_layers().items() if adapters_in(layer, names)}
     for name, layer in layers.items():
@@ -155,7 +155,7 @@ def _layers(tuner: ASOLoraModel, names: Sequence[str]) -> dict[str, LoraLayer]:
     return layers
 
 
-def _parts(layer: LoraLayer, names: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+def parts_of(layer: LoraLayer, names: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
     """A, B (convolutions flattened) and scale of each adapter that the layer has."""
     present = adapters_in(layer, names)
     pairs = [matrices_of(layer, name) for name in present]
@@ -214,7 +214,7 @@ def _weights(
     return weights
 
 
-def _biases(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, torch.Tensor]:
+def biases_of(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Module -> the sum of its scaled LoRA biases (zeros if only others have some); empty if none has."""
     biases: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
@@ -233,7 +233,7 @@ def _biases(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, 
     return {name: biases.get(name, torch.zeros(layer.out_features)) for name, layer in layers.items()}
 
 
-def _head(tuner: ASOLoraModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def head_of(tuner: ASOLoraModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """The weights of the last task's modules_to_save; others cannot be summed and are left out."""
     left_out = [name for name in names[:-1] if tuner.peft_config[name].modules_to_save]
     if left_out:
