@@ -70,7 +70,7 @@ def _table(entries: Entries, accuracy: Mapping[str, float]) -> str:
         place = f"`{entry['sha256'][:12]}`"
         if "repo_id" in entry:
             place += f" of [{entry['repo_id']}](https://huggingface.co/{entry['repo_id']}/tree/{entry['revision']})"
-        row = [str(number), str(entry["task"]), str(entry["rank"]), _most_like(entry), place]
+        row = [str(number), str(entry["task"]), str(entry["rank"]), most_like(entry), place]
         if accuracy:
             row.append(f"{accuracy[entry['task']]:.1f}" if entry["task"] in accuracy else "")
         rows.append(row)
@@ -78,7 +78,8 @@ def _table(entries: Entries, accuracy: Mapping[str, float]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def _most_like(entry: Mapping[str, Any]) -> str:
+def most_like(entry: Mapping[str, Any]) -> str:
+    """The earlier task with the largest w, and that; empty where there is none."""
     values = {task: _mean(value) for task, value in (entry.get("similarities") or {}).items()}
     if not values:
         return ""

@@ -1,0 +1,139 @@
+"""Commands that need no base model: inspect, verify, report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ..chain.errors import ChainError
+from ..chain.fitting import BaseView, check_fit
+from ..chain.manifest import weights_hash
+from ..chain.order import in_order
+from ..chain.reading import AdapterFile
+from ..hub.card import PICTURE, most_like
+from ..hub.fetching import Access, Fetched, fetch
+from ..hub.pushing import draw
+from ..tuner.persistence import ATTRIBUTION_KEY
+from .bases import model_class
+
+
+def found_in(options: argparse.Namespace) -> Fetched:
+    """The chain that the arguments name, on the disk now."""
+    return fetch(options.source, Access(revision=options.revision), None, strict=True)
+
+
+def inspect(options: argparse.Namespace) -> tuple[str, Any, bool]:
+    """Tasks, ranks, sizes, similarities, hashes."""
+    found = found_in(options)
+    tasks = [_about(adapter) for adapter in in_order(found.adapters)]
+    base = next((task["base_model"] for task in tasks if task["base_model"]), None)
+    rows = [["", "task", "rank", "weights", "MB", "most like (w)", "sha256", "from"]]
+    for number, task in enumerate(tasks, start=1):
+        origin = task["origin"] or {}
+        place = f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""
+        rows.append(
+            [str(number), task["task"], str(task["rank"]), f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}",
+             most_like(task), task["sha256"][:12], place]
+        )  # fmt: skip
+    size = sum(task["bytes"] for task in tasks) / 1e6
+    title = f"{options.source}: {len(tasks)} tasks, {size:.1f} MB, base model {base or 'not named'}"
+    return f"{title}\n\n{table(rows)}", {"source": options.source, "base_model": base, "tasks": tasks}, True
+
+
+def _about(adapter: AdapterFile) -> dict[str, Any]:
+    weights = adapter.weights()
+    config = adapter.config
+    own = {name: tensor for name, tensor in weights.items() if name != ATTRIBUTION_KEY}
+    return {
+        "task": adapter.name,
+        "history": adapter.history,
+        "rank": config.r,
+        "weights": sum(tensor.numel() for tensor in own.values()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
+        "similarities": None if adapter.is_stock else config.similarities,
+        "soft_coefficients": None if adapter.is_stock else config.soft_coefficients,
+        "sha256": weights_hash(weights),
+        "base_model": config.base_model_name_or_path,
+        "origin": None if adapter.is_stock else config.origin,
+    }
+
+
+def verify(options: argparse.Namespace) -> tuple[str, Any, bool]:
+    """Hashes, finite values, shapes, history: every task is looked at, whatever is wrong with the others."""
+    found = found_in(options)
+    view = None if options.base is None else BaseView.of(_shapes(options.base, found.adapters))
+    checks = {adapter.name: _problems(adapter, found.manifest.get(adapter.name), view) for adapter in found.adapters}
+    whole = [f"{task!r} is listed in chain.json and is not there" for task in found.manifest if task not in checks]
+    try:
+        in_order(found.adapters)
+    except ChainError as error:
+        whole.append(str(error))
+    well = not whole and not any(checks.values())
+    against = f", shapes as in {options.base}" if view is not None else ""
+    lines = [f"ok      {task}: finite, hash and history as listed{against}" for task, bad in checks.items() if not bad]
+    lines += [f"WRONG   {task}: {problem}" for task, bad in checks.items() for problem in bad]
+    lines += [f"WRONG   {problem}" for problem in whole]
+    if not found.manifest:
+        lines.append("note    there is no chain.json: hashes cannot be compared")
+    return "\n".join(lines), {"well": well, "tasks": checks, "chain": whole}, well
+
+
+def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseView | None) -> list[str]:
+    try:
+        weights = adapter.weights()
+        if view is not None:
+            check_fit(adapter, weights, view)
+    except ChainError as error:
+        return [str(error)]
+    found = []
+    if entry is not None and weights_hash(weights) != entry["sha256"]:
+        found.append(f"sha256 {weights_hash(weights)}, and chain.json says {entry['sha256']}")
+    if entry is not None and adapter.history != list(entry["history"]):
+        found.append(f"history {adapter.history}, and chain.json says {entry['history']}")
+    return found
+
+
+def _shapes(base: str, adapters: Sequence[AdapterFile]) -> Any:
+    """The base model without weights."""
+    config = AutoConfig.from_pretrained(base)
+    with torch.device("meta"):
+        return model_class(adapters).from_config(config)
+
+
+def report(options: argparse.Namespace) -> tuple[str, Any, bool]:
+    """A Markdown page and the picture of the similarities."""
+    text, values, _ = inspect(options)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    entries = values["tasks"]
+    picture = draw(entries, out / PICTURE)
+    title = text.split("\n", 1)[0]
+    rows = [["", "task", "rank", "weights", "history", "psi", "sha256"], ["---"] * 7]
+    for number, task in enumerate(entries, start=1):
+        psi = ", ".join(f"{old} {_mean(value):.2f}" for old, value in (task["soft_coefficients"] or {}).items())
+        row = [number, task["task"], task["rank"], f"{task['weights']:,}", ", ".join(task["history"]), psi]
+        rows.append([*map(str, row), f"`{task['sha256'][:12]}`"])
+    page = [f"# {title}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    if picture:
+        page.append(f"![similarity of the tasks]({PICTURE})")
+    else:
+        page.append("No picture: the chain has no similarities, or matplotlib is not installed (peft-aso[plots]).")
+    (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    return f"Written: {out / 'report.md'}", {"report": str(out / "report.md"), "picture": picture}, True
+
+
+def _mean(value: Any) -> float:
+    return sum(value) / len(value) if isinstance(value, list) else float(value)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of one width each, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,139 @@
+"""Every command of `peft-aso`, on chains on disk and on the Hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from peft_aso import export_merged, push_chain, save_chain
+from peft_aso.cli import main
+from tests.chain.chains import make_chain
+from tests.hub.conftest import hub  # noqa: F401
+from tests.hub.server import Hub
+from tests.tiny_models import tiny, tiny_batch
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[Path, Path, Any]:
+    """A chain's folder, its base model's folder, and the chain itself."""
+    model = make_chain()
+    for task, similarities in {"second": {"first": 0.25}, "third": {"first": 0.5, "second": 0.125}}.items():
+        config = model.peft_config[task]
+        config.similarities = similarities
+        config.soft_coefficients = {old: 1 - w for old, w in similarities.items()}
+    torch.manual_seed(0)
+    tiny("llama").save_pretrained(tmp_path / "base")
+    return save_chain(model, tmp_path / "chain"), tmp_path / "base", model
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out if "--json" in arguments else captured.out + captured.err
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(**tiny_batch(model)).logits
+
+
+def test_inspect(places: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    chain, _, model = places
+    code, text = said(capsys, "inspect", chain)
+    assert code == 0 and "3 tasks" in text and "first (0.50)" in text
+    code, text = said(capsys, "inspect", chain, "--json")
+    tasks = json.loads(text)["tasks"]
+    assert code == 0 and [task["task"] for task in tasks] == ["first", "second", "third"]
+    manifest = json.loads((chain / "chain.json").read_text())["tasks"]
+    assert [task["sha256"] for task in tasks] == [entry["sha256"] for entry in manifest]
+    weights = load_file(chain / "first" / "adapter_model.safetensors")
+    assert tasks[0]["weights"] == sum(tensor.numel() for tensor in weights.values())
+    assert tasks[2]["history"] == ["first", "second"] and tasks[2]["soft_coefficients"]["second"] == 0.875
+
+
+def test_verify_finds_what_is_wrong(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chain, base, _ = places
+    code, text = said(capsys, "verify", chain, "--base", base)
+    assert code == 0 and text.count("ok ") == 3
+    torch.manual_seed(0)
+    tiny("llama", hidden_size=64).save_pretrained(tmp_path / "wide")
+    code, text = said(capsys, "verify", chain, "--base", tmp_path / "wide")
+    assert code == 1 and text.count("WRONG") == 3
+    file = chain / "second" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, file)
+    code, text = said(capsys, "verify", chain, "--json")
+    found = json.loads(text)
+    assert code == 1 and not found["well"] and "sha256" in found["tasks"]["second"][0] and not found["tasks"]["first"]
+    save_file({**weights, name: weights[name] * float("nan")}, file)
+    assert "NaN" in said(capsys, "verify", chain)[1]
+    file.write_bytes(b"broken")
+    assert "truncated" in said(capsys, "verify", chain)[1]
+
+
+def test_merge_export_and_report(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chain, base, model = places
+    assert said(capsys, "merge", chain, "--base", base, "--out", tmp_path / "merged")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+    out = tmp_path / "served"
+    assert said(capsys, "export", chain, "--base", base, "--out", out, "--tasks", "first,third")[0] == 0
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    both = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "both", tasks=["first", "third"]))
+    torch.testing.assert_close(logits(served), logits(both), atol=1e-4, rtol=1e-4)
+    assert said(capsys, "report", chain, "--out", tmp_path / "report")[0] == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "similarity.png" in page and (tmp_path / "report" / "similarity.png").stat().st_size > 1000
+    assert "| 3 | third |" in page
+
+
+def test_from_and_to_the_hub(places: Any, hub: Hub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # noqa: F811
+    chain, base, model = places
+    code, text = said(capsys, "push", chain, "user/chain", "--base", base, "--private", "--json")
+    assert code == 0 and json.loads(text) == {"user/chain": hub.repos["user/chain"].head.oid}
+    assert hub.repos["user/chain"].private
+    code, text = said(capsys, "inspect", "user/chain")
+    assert code == 0 and f"user/chain@{hub.repos['user/chain'].head.oid[:7]}" in text
+    assert said(capsys, "verify", "user/chain")[0] == 0
+    push_chain(model, "user/tasks", per_task=True)
+    code, text = said(capsys, "verify", "user/tasks-third")
+    assert code == 0 and text.count("ok ") == 3
+
+
+def test_what_goes_wrong_is_said_and_has_a_status(
+    places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chain, _, _ = places
+    for arguments in (
+        ("inspect", tmp_path / "none"),
+        ("merge", chain, "--out", tmp_path / "out"),
+        ("export", chain, "--out", tmp_path / "out", "--base", tmp_path / "no-model"),
+    ):
+        code, text = said(capsys, *arguments)
+        assert code == 1 and "error: " in text
+    code, text = said(capsys, "inspect", tmp_path / "none", "--json")
+    assert code == 1 and "error" in json.loads(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", str(chain)])
+    assert stopped.value.code == 2
+
+
+def test_the_program_and_its_help() -> None:
+    program = Path(sys.executable).with_name("peft-aso")
+    commands = [[sys.executable, "-m", "peft_aso.cli", "--help"]]
+    if program.exists():
+        commands.append([str(program), "--help"])
+    for command in commands:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "examples:" in text and "exit status" in text
+        assert all(name in text for name in ("inspect", "verify", "merge", "export", "push", "report"))
