@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 from . import metrics, plots
 from .attribution import AttributionVector, similarity
-from .chain import ChainError, export_lora, export_merged, save_chain
-from .hub import load_chain, load_history, push_chain
+from .chain import ChainError, export_lora, export_merged, remove_task, save_chain
+from .hub import load_chain, load_history, push_chain, update_task
 from .registration import register
 from .training import (
     ASOSeq2SeqTrainer,
@@ -44,7 +44,9 @@ __all__ = [
     "metrics",
     "plots",
     "push_chain",
+    "remove_task",
     "save_chain",
     "similarity",
     "update_coefficients",
+    "update_task",
 ]

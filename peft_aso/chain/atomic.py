@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,11 +26,11 @@ _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 @contextmanager
-def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced_folder(folder: str | os.PathLike[str], without: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder to write into; on leaving without an error it takes the place of `folder`.
 
-    Files and folders in the old `folder` that were not written anew are kept as they are. After an error the
-    old folder is as it was and nothing of the new one is left behind.
+    Files and folders in the old `folder` that were not written anew are kept as they are, but for those called as in
+    `without`. After an error the old folder is as it was and nothing of the new one is left behind.
 
     Raises:
         ChainError: `folder` is a file.
@@ -46,21 +46,21 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield stage
         _flush(stage)
         if target.exists():
-            _keep_others(target, stage)
+            _keep_others(target, stage, without)
             os.chmod(stage, stat.S_IMODE(target.stat().st_mode))
             _sync(stage)
-        _take_place(stage, target)
+        _take_place(stage, target, without)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     _sync(target.parent)
 
 
-def _keep_others(target: Path, stage: Path) -> None:
+def _keep_others(target: Path, stage: Path, without: Collection[str]) -> None:
     """Everything in `target` that `stage` does not have, also in `stage`: as links, so no data is copied."""
     for entry in target.iterdir():
         copy = stage / entry.name
-        if copy.exists() or copy.is_symlink():
+        if entry.name in without or copy.exists() or copy.is_symlink():
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
@@ -76,7 +76,7 @@ def _link(source: str | os.PathLike[str], copy: str | os.PathLike[str]) -> str:
     return str(copy)
 
 
-def _take_place(stage: Path, target: Path) -> None:
+def _take_place(stage: Path, target: Path, without: Collection[str] = ()) -> None:
     """`stage` becomes `target`; what `target` held is removed."""
     if not target.exists():
         os.rename(stage, target)
@@ -92,7 +92,7 @@ def _take_place(stage: Path, target: Path) -> None:
             os.rename(old, target)
             raise
     for entry in old.iterdir():  # written by somebody else while we were writing
-        if not (target / entry.name).exists() and not (target / entry.name).is_symlink():
+        if entry.name not in without and not (target / entry.name).exists() and not (target / entry.name).is_symlink():
             os.rename(entry, target / entry.name)
     shutil.rmtree(old, ignore_errors=True)
 

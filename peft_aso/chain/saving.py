@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from ..tuner import ASOLoraModel
 from ..tuner.history import adapter_of, task_name_of
 from .atomic import replaced_folder
 from .errors import ChainError
-from .manifest import describe, read_exports, write_manifest
+from .manifest import describe, read_exports, read_manifest, write_manifest
 from .order import in_order
 from .reading import check_task_name, read_adapter
+from .removing import was_replaced
 
 PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
 
@@ -25,7 +26,8 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
     """Save tasks with their history, one subfolder a task, and `chain.json` (their order, fingerprints).
 
     All is written beside `folder` first and takes its place in one step, so that an error or a killed process
-    leaves what was there. Other files and folders in it are kept.
+    leaves what was there. Other files and folders in it are kept, but for those of tasks that `remove_task` took
+    out of this model.
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
@@ -50,7 +52,7 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
             f"{path} is itself the folder of an adapter: a chain in it would be read together with that "
             "adapter. Give another folder."
         )
-    with replaced_folder(path) as stage:
+    with replaced_folder(path, without=_removed(model, path, adapters)) as stage:
         written = []
         for task, adapter in adapters.items():
             _write_adapter(model, adapter, stage, task)
@@ -59,6 +61,13 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
         names = [adapter.config.base_model_name_or_path for adapter in written]
         write_manifest(stage, entries, next(filter(None, names), None), _still_there(path))
     return path
+
+
+def _removed(model: Any, folder: Path, tasks: Collection[str]) -> list[str]:
+    """The folders of tasks that `remove_task` took out of this model."""
+    there = read_manifest(folder) or {}
+    gone = {task: entry for task, entry in there.items() if task not in tasks and was_replaced(model, task, entry)}
+    return [str(entry["folder"]) for entry in gone.values() if "repo_id" not in entry]
 
 
 def _still_there(folder: Path) -> list[str]:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..chain.errors import ChainError
 from ..chain.export import export_lora
 from ..chain.manifest import MANIFEST_NAME, ROOT, read_base_model, read_manifest, write_manifest
+from ..chain.removing import was_replaced
 from ..chain.saving import save_chain
 from .card import PICTURE, check, model_card
 from .fetching import Access, said_clearly
@@ -65,7 +66,7 @@ def push_chain(
         folder = save_chain(model, Path(scratch, "chain"), tasks)
         manifest = read_manifest(folder) or {}
         base = read_base_model(folder)
-        hub = _Hub(token, private)
+        hub = _Hub(model, token, private)
         if per_task:
             return _push_each(hub, model, repo_id, folder, manifest, base, accuracy, commit_message)
         if merged:
@@ -100,7 +101,8 @@ def _push_each(
 class _Hub:
     """A client, and what is to be done with a repository."""
 
-    def __init__(self, token: str | bool | None, private: bool | None) -> None:
+    def __init__(self, model: Any, token: str | bool | None, private: bool | None) -> None:
+        self.model = model
         self.api = HfApi(token=token, library_name="peft-aso")
         self.token, self.private = token, private
 
@@ -117,23 +119,31 @@ class _Hub:
         with _writing(repo):
             self.api.create_repo(repo, private=self.private, exist_ok=True)
             head = self.api.model_info(repo).sha
-        self._refuse_others(repo, str(head), manifest)
+        gone = self._refuse_others(repo, str(head), manifest)
+        deletions = [CommitOperationDelete(f"{place}/", is_folder=True) for place in gone]
         with _writing(repo):
-            commit = self.api.create_commit(repo, _additions(folder), commit_message=message, parent_commit=head)
+            commit = self.api.create_commit(
+                repo, [*deletions, *_additions(folder)], commit_message=message, parent_commit=head
+            )
         return str(commit.oid)
 
-    def _refuse_others(self, repo: str, head: str, manifest: Mapping[str, Mapping[str, Any]]) -> None:
-        """Nothing that is there goes: a task that this model has not, or has with other weights."""
+    def _refuse_others(self, repo: str, head: str, manifest: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """See that nothing goes but what was taken out on purpose; the folders of that."""
         there = read_manifest(Access(token=self.token).snapshot(repo, [MANIFEST_NAME], revision=head)) or {}
+        on_purpose = {task for task, entry in there.items() if was_replaced(self.model, task, entry)}
         lost = [task for task in there if task not in manifest]
         changed = [t for t, entry in there.items() if t in manifest and entry["sha256"] != manifest[t]["sha256"]]
-        if lost or changed:
-            what = [f"has {', '.join(map(repr, lost))}, which this model has not"] * bool(lost)
-            what += [f"has other weights for {', '.join(map(repr, changed))}"] * bool(changed)
+        refused = {
+            "has {}, which this model has not": [task for task in lost if task not in on_purpose],
+            "has other weights for {}": [task for task in changed if task not in on_purpose],
+        }
+        if any(refused.values()):
+            what = " and ".join(text.format(", ".join(map(repr, names))) for text, names in refused.items() if names)
             raise ChainError(
-                f"{repo} {' and '.join(what)}. Nothing was pushed. Push to another repository, or load that chain "
-                f'first (load_chain(base, "{repo}")) and train on top of it.'
+                f"{repo} {what}. Nothing was pushed. Push to another repository, or load that chain first "
+                f'(load_chain(base, "{repo}")) and train on top of it.'
             )
+        return [there[task]["folder"] for task in lost if "repo_id" not in there[task]]
 
 
 def _additions(folder: Path) -> list[CommitOperationAdd]:

@@ -35,6 +35,8 @@ class ASOLoraModel(PenalisedTask):
     Attributes:
         tasks (`TaskHistory`):
             Which adapters are the history of which.
+        replaced (`dict[str, set[str]]`):
+            Task -> SHA-256 of weights that `remove_task` or `update_task` took out: saving and pushing may drop them.
         attribution (`dict[str, torch.Tensor]`):
             Adapter -> its stored attribution vector `(N,)`, the mean over its own task's probe. Saved with
             it.
@@ -47,6 +49,7 @@ class ASOLoraModel(PenalisedTask):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self.attribution: dict[str, torch.Tensor] = {}
+        self.replaced: dict[str, set[str]] = {}
         self._adding_combined = False
         self._converting = False
         self._without_weights: set[str] = set()  # added from a saved config; the weights come next

@@ -27,7 +27,7 @@ def test_the_code_in_the_guide_runs(hub: Hub, tmp_path: Path) -> None:
             with torch.no_grad():
                 batch = tiny_batch(model)
                 torch.testing.assert_close(found(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
-    assert len(blocks) == 5 and list(names["model"].peft_config) == ["plain"]
+    assert len(blocks) == 6 and list(names["model"].peft_config) == ["plain"]
     assert set(hub.repos) == {"you/support", "friend/more", "friend/more-urgency", "friend/plain-lora"}
 
 
