@@ -5,6 +5,8 @@ Importing the package registers the tuner type ASO_LORA with PEFT.
 
 from __future__ import annotations
 
+from typing import Any
+
 __version__ = "0.1.0"
 
 from . import metrics, plots
@@ -23,6 +25,16 @@ from .training import (
 from .tuner import ASOLoraConfig, ASOLoraModel, AttributionConfig, HistoryError, MissingHistoryError
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """`ASOSFTTrainer`, which needs TRL, is looked for when it is asked for."""
+    if name == "ASOSFTTrainer":
+        from .training.sft import ASOSFTTrainer
+
+        return ASOSFTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ASOLoraConfig",

@@ -58,9 +58,10 @@ class ASOTrainerMixin(TrainedOnlyMixin):
     ) -> Any:
         """The Trainer's loss; in training, plus the penalty, counted once an optimizer step."""
         labels = inputs.get("labels")
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        found = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        loss, outputs = found if return_outputs else (found, None)
         if model.training:
             scaled = self._scaled_for_accumulation(num_items_in_batch)
             if scaled and labels is not None and self._mean_in_spite_of_count(model, inputs, labels):
