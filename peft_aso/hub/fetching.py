@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,8 @@ def _add_repository(found: Fetched, repo: str, access: Access, tasks: Sequence[s
     manifest = read_manifest(root) or {}
     wanted = {task: manifest[task] for task in with_history(manifest, tasks)} if manifest else {}
     own = [entry["folder"] for entry in wanted.values() if "repo_id" not in entry]
-    root = access.snapshot(repo, _files_in(own if manifest else [ROOT, "*"]), revision=root.name)
+    patterns = _files_in(own) if manifest else [*ADAPTER_FILES, *(f"*/{name}" for name in ADAPTER_FILES)]
+    root = access.snapshot(repo, patterns, revision=root.name)
     adapters = [read_adapter(root / place) for place in own] if manifest else find_chain(root)[0]
     for adapter in adapters:
         folder = ROOT if adapter.path == root else adapter.path.name
@@ -154,7 +156,9 @@ def _pinned(manifest: Mapping[str, Mapping[str, Any]], access: Access) -> list[A
 
 def _files_in(folders: Sequence[str]) -> list[str]:
     """Patterns of the files that an adapter consists of."""
-    return [name if place == ROOT else f"{place}/{name}" for place in folders for name in ADAPTER_FILES]
+    return [
+        name if folder == ROOT else f"{glob.escape(folder)}/{name}" for folder in folders for name in ADAPTER_FILES
+    ]
 
 
 def _mark(adapter: AdapterFile, repo: str, revision: str, folder: str, entry: Mapping[str, Any] | None) -> None:

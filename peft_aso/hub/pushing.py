@@ -70,7 +70,10 @@ def push_chain(
         if per_task:
             return _push_each(hub, model, repo_id, folder, manifest, base, accuracy, commit_message)
         if merged:
-            export_lora(model, folder / EXPORT, tasks=list(manifest))
+            try:
+                export_lora(model, folder / EXPORT, tasks=list(manifest))
+            except ChainError as error:
+                raise ChainError(f"{error} Or push without the sum of all: merged=False.") from error
             write_manifest(folder, list(manifest.values()), base, [EXPORT])
         message = commit_message or f"Chain of {len(manifest)} tasks, up to {list(manifest)[-1]}"
         return {repo_id: hub.push(repo_id, folder, manifest, base, message, accuracy, EXPORT if merged else None)}

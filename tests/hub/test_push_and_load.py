@@ -186,6 +186,12 @@ def test_a_second_writer_is_a_conflict(hub: Hub) -> None:
     assert set(hub.files("user/chain")) >= {"note.txt", "mine/adapter_config.json"}
 
 
+def test_names_with_signs_that_patterns_have(hub: Hub) -> None:
+    model = make_chain(tasks={"a[1]": {}, "b*": {}, "c?": {}})
+    push_chain(model, "user/chain")
+    same(load_chain(base(), "user/chain"), model)
+
+
 def test_who_may_not_write_or_read(hub: Hub) -> None:
     model = make_chain()
     with pytest.raises(ChainError, match=r"may not write to user/chain.*hf auth login"):
