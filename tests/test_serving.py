@@ -1,0 +1,63 @@
+"""The code of docs/serving.md runs, both ways out say what the chain says, and servers get the folder they expect."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_aso import export_lora
+from tests.chain.chains import make_chain
+from tests.tiny_models import tiny, tiny_batch
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    return tiny("llama").eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(**tiny_batch(model)).logits
+
+
+def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    model = make_chain(tasks={"mood": {}, "topic": {}, "wish": {"r": 3}})
+    names: dict[str, Any] = {"model": model, "base": base}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(code, "docs/serving.md", "exec"), names)
+    expected = logits(model)
+    torch.testing.assert_close(logits(names["served"]), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(names["plain"]), expected, atol=1e-4, rtol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, atol=0.1, rtol=0.1)  # its weights were rounded to bfloat16
+    assert json.loads(Path("small", "adapter_config.json").read_text())["r"] == 4
+
+
+def test_the_folder_is_what_vllm_and_llama_cpp_expect(tmp_path: Path) -> None:
+    """Their documented rules: peft_type LORA, one rank with alpha beside it, no patterns, no heads, no DoRA, and for
+    each module a lora_A (rank, in) and a lora_B (out, rank) under `base_model.model.<module>`."""
+    model = make_chain(tasks={"first": {"r": 3}, "second": {"rank_pattern": {"q_proj": 5}}, "third": {}})
+    folder = export_lora(model, tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["bias"] == "none"
+    assert config["lora_alpha"] == config["r"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert not config["use_dora"] and not config["use_rslora"] and not config["modules_to_save"]
+    plain, weights = base(), load_file(folder / "adapter_model.safetensors")
+    for key, tensor in weights.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        assert match is not None and tensor.dim() == 2
+        rows, columns = plain.get_submodule(match[1]).weight.shape
+        assert tensor.shape == ((config["r"], columns) if match[2] == "A" else (rows, config["r"]))
+    served = re.search(r"--max-lora-rank (\d+)", (folder / "README.md").read_text())
+    assert served is not None and int(served[1]) in VLLM_RANKS and int(served[1]) >= config["r"]
