@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_aso import export_lora
+from peft_aso import export_lora, export_merged
 from tests.chain.chains import make_chain
 from tests.tiny_models import tiny, tiny_batch
 
@@ -39,8 +39,10 @@ def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expected = logits(model)
     torch.testing.assert_close(logits(names["served"]), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(names["plain"]), expected, atol=1e-4, rtol=1e-4)
-    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
-    torch.testing.assert_close(logits(merged), expected, atol=0.1, rtol=0.1)  # its weights were rounded to bfloat16
+    exact = AutoModelForCausalLM.from_pretrained(export_merged(model, "exact"))
+    torch.testing.assert_close(logits(exact), expected, atol=1e-4, rtol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto").state_dict()
+    assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in exact.state_dict().items())
     assert json.loads(Path("small", "adapter_config.json").read_text())["r"] == 4
 
 
