@@ -72,7 +72,7 @@ class ActiveTask(LoraModel):
             if self.tasks.forms.get(name) != "folded" or not self.tasks.histories[name]:
                 continue
             obstacles = {
-                f"{module}: {fold_obstacle(layer) if isinstance(layer, HistoryLinear) else 'no plain linear layer'}"
+                f"{module}: {fold_obstacle(layer) if isinstance(layer, HistoryLinear) else _unfoldable(layer)}"
                 for module, layer in self.lora_layers().items()
                 if not isinstance(layer, HistoryLinear) or fold_obstacle(layer) is not None
             }
@@ -244,6 +244,12 @@ class ActiveTask(LoraModel):
             return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         with self._history_active(adapter_names):
             return super()._unload_and_optionally_merge(progressbar=progressbar, safe_merge=safe_merge)
+
+
+def _unfoldable(layer: Any) -> str:
+    base = layer.get_base_layer()
+    weight = type(getattr(base, "weight", None)).__name__
+    return f"{type(base).__name__} with a {weight}, a quantized weight or no linear layer"
 
 
 def _head_of(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> Any:
