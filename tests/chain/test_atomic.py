@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,13 +121,22 @@ def test_a_file_is_not_replaced(tmp_path: Path) -> None:
 def test_files_written_meanwhile_are_kept(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = atomic._take_place
 
-    def late(stage: Path, target: Path) -> None:
+    def late(stage: Path, target: Path, without: Any) -> None:
         (target / "late.txt").write_text("late")
-        take(stage, target)
+        take(stage, target, without)
 
     monkeypatch.setattr(atomic, "_take_place", late)
     write_new(old)
     assert content(old)["late.txt"] == "late"
+
+
+def test_what_shall_go_is_not_kept(old: Path) -> None:
+    (old / "gone").mkdir()
+    (old / "gone" / "file").write_text("old")
+    (old / "kept.txt").write_text("kept")
+    with replaced_folder(old, without=["gone"]) as stage:
+        (stage / "new.txt").write_text("new")
+    assert not (old / "gone").exists() and (old / "kept.txt").exists() and (old / "new.txt").exists()
 
 
 def test_exchange_swaps_or_says_that_it_cannot(tmp_path: Path) -> None:
