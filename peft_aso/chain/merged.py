@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -67,7 +68,7 @@ def export_merged(
     if dtype is not None and not dtype.is_floating_point:
         raise ChainError(f"dtype={dtype} is not a floating point type. Use torch.float32, bfloat16 or float16.")
     path = Path(folder)
-    if (path / MANIFEST_NAME).exists() or (path / "adapter_config.json").exists():
+    if (path / MANIFEST_NAME).exists() or (path / CONFIG_NAME).exists():
         raise ChainError(f"{path} holds a chain of tasks or an adapter. Give another folder.")
     names = selected_adapters(tuner, tasks)
     weights = _weights(tuner, names, dtype)

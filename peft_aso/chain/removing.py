@@ -53,9 +53,18 @@ def adapter_for(model: Any, task: str) -> str:
     """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
         raise ChainError("This needs a PeftModel with ASO_LORA adapters.")
-    name = adapter_of(task, model.peft_config)
+    return adapter_named(task, model.peft_config)
+
+
+def adapter_named(task: str, configs: Mapping[str, Any]) -> str:
+    """The adapter that holds a task, by the model's configs.
+
+    Raises:
+        ChainError: no such task.
+    """
+    name = adapter_of(task, configs)
     if name is None:
-        tasks = ", ".join(repr(task_name_of(adapter, config)) for adapter, config in model.peft_config.items())
+        tasks = ", ".join(repr(task_name_of(adapter, config)) for adapter, config in configs.items())
         raise ChainError(f"There is no task {task!r} in the model. There are: {tasks}.")
     return name
 

@@ -11,13 +11,13 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from ..tuner import ASOLoraModel
-from ..tuner.history import adapter_of, task_name_of
+from ..tuner.history import task_name_of
 from .atomic import replaced_folder
 from .errors import ChainError
 from .manifest import describe, read_exports, read_manifest, write_manifest
 from .order import in_order
 from .reading import check_task_name, read_adapter
-from .removing import was_replaced
+from .removing import adapter_named, was_replaced
 
 PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
 
@@ -81,7 +81,7 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
     if tasks is None:
         names = [name for name, config in configs.items() if not config.combined]
     else:
-        names = [_adapter(task, configs) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+        names = [adapter_named(task, configs) for task in ([tasks] if isinstance(tasks, str) else tasks)]
     if not names:
         raise ChainError(f"There is no task to save. The model holds: {', '.join(map(repr, configs))}.")
     selected = {task_name_of(name, configs[name]): name for name in names}
@@ -98,14 +98,6 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
                 "folder. Save them together (tasks=None saves all), loading them first if need be."
             )
     return selected
-
-
-def _adapter(task: str, configs: Any) -> str:
-    name = adapter_of(task, configs)
-    if name is None:
-        tasks = ", ".join(repr(task_name_of(adapter, config)) for adapter, config in configs.items())
-        raise ChainError(f"There is no task {task!r} in the model. There are: {tasks}.")
-    return name
 
 
 def _write_adapter(model: Any, adapter: str, stage: Path, task: str) -> None:

@@ -15,7 +15,7 @@ from ..chain.fitting import BaseView, check_fit
 from ..chain.manifest import weights_hash
 from ..chain.order import in_order
 from ..chain.reading import AdapterFile
-from ..hub.card import PICTURE, most_like
+from ..hub.card import PICTURE, markdown, mean_of, most_like
 from ..hub.fetching import Access, Fetched, fetch
 from ..hub.pushing import draw
 from ..tuner.persistence import ATTRIBUTION_KEY
@@ -90,10 +90,13 @@ def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseV
             check_fit(adapter, weights, view)
     except ChainError as error:
         return [str(error)]
-    found = []
-    if entry is not None and weights_hash(weights) != entry["sha256"]:
-        found.append(f"sha256 {weights_hash(weights)}, and chain.json says {entry['sha256']}")
-    if entry is not None and adapter.history != list(entry["history"]):
+    found: list[str] = []
+    if entry is None:
+        return found
+    digest = weights_hash(weights)
+    if digest != entry["sha256"]:
+        found.append(f"sha256 {digest}, and chain.json says {entry['sha256']}")
+    if adapter.history != list(entry["history"]):
         found.append(f"history {adapter.history}, and chain.json says {entry['history']}")
     return found
 
@@ -113,22 +116,18 @@ def report(options: argparse.Namespace) -> tuple[str, Any, bool]:
     entries = values["tasks"]
     picture = draw(entries, out / PICTURE)
     title = text.split("\n", 1)[0]
-    rows = [["", "task", "rank", "weights", "history", "psi", "sha256"], ["---"] * 7]
+    rows = [["", "task", "rank", "weights", "history", "psi", "sha256"]]
     for number, task in enumerate(entries, start=1):
-        psi = ", ".join(f"{old} {_mean(value):.2f}" for old, value in (task["soft_coefficients"] or {}).items())
+        psi = ", ".join(f"{old} {mean_of(value):.2f}" for old, value in (task["soft_coefficients"] or {}).items())
         row = [number, task["task"], task["rank"], f"{task['weights']:,}", ", ".join(task["history"]), psi]
         rows.append([*map(str, row), f"`{task['sha256'][:12]}`"])
-    page = [f"# {title}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    page = [f"# {title}", markdown(rows)]
     if picture:
         page.append(f"![similarity of the tasks]({PICTURE})")
     else:
         page.append("No picture: the chain has no similarities, or matplotlib is not installed (peft-aso[plots]).")
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return f"Written: {out / 'report.md'}", {"report": str(out / "report.md"), "picture": picture}, True
-
-
-def _mean(value: Any) -> float:
-    return sum(value) / len(value) if isinstance(value, list) else float(value)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

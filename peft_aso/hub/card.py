@@ -74,20 +74,26 @@ def _table(entries: Entries, accuracy: Mapping[str, float]) -> str:
         if accuracy:
             row.append(f"{accuracy[entry['task']]:.1f}" if entry["task"] in accuracy else "")
         rows.append(row)
-    lines = [columns, ["---"] * len(columns), *rows]
+    return markdown([columns, *rows])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def most_like(entry: Mapping[str, Any]) -> str:
     """The earlier task with the largest w, and that; empty where there is none."""
-    values = {task: _mean(value) for task, value in (entry.get("similarities") or {}).items()}
+    values = {task: mean_of(value) for task, value in (entry.get("similarities") or {}).items()}
     if not values:
         return ""
     best = max(values, key=values.__getitem__)
     return f"{best} ({values[best]:.2f})"
 
 
-def _mean(value: Any) -> float:
+def mean_of(value: Any) -> float:
+    """A w or psi as one number: one for a task, or the mean of one a layer."""
     return sum(value) / len(value) if isinstance(value, list) else float(value)
 
 

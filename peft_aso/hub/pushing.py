@@ -17,7 +17,7 @@ from ..chain.export import export_lora
 from ..chain.manifest import MANIFEST_NAME, ROOT, read_base_model, read_manifest, write_manifest
 from ..chain.removing import was_replaced
 from ..chain.saving import save_chain
-from .card import PICTURE, check, model_card
+from .card import PICTURE, check, mean_of, model_card
 from .fetching import Access, said_clearly
 
 EXPORT = "merged"
@@ -160,25 +160,22 @@ def _additions(folder: Path) -> list[CommitOperationAdd]:
 
 def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draw the tasks' similarities; False where there are none, or no matplotlib."""
-    found = {entry["task"]: entry["similarities"] for entry in entries if entry.get("similarities")}
+    found = {
+        entry["task"]: {old: mean_of(value) for old, value in entry["similarities"].items()}
+        for entry in entries
+        if entry.get("similarities")
+    }
     if not found:
         return False
     try:
         from ..plots import plot_similarity
 
-        axes = plot_similarity(_means(found), [entry["task"] for entry in entries])
+        axes = plot_similarity(found, [entry["task"] for entry in entries])
     except ImportError:
         return False
     figure: Any = axes.figure
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return True
-
-
-def _means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    return {
-        task: {old: sum(w) / len(w) if isinstance(w, list) else w for old, w in values.items()}
-        for task, values in found.items()
-    }
 
 
 @contextmanager
