@@ -105,7 +105,7 @@ def log_probability(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     picked = logits.flatten(0, -2) if bool(labelled.all()) else logits[labelled]
     picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
     with torch.autocast(logits.device.type, enabled=False):
-        logs: torch.Tensor = _LogSoftmaxAt.apply(picked, targets[labelled])
+        logs: torch.Tensor = _LogSoftmaxAt.apply(picked, targets[labelled])  # type: ignore[no-untyped-call]
     rows = labelled.nonzero()[:, 0]
     return torch.zeros(len(logits), dtype=logs.dtype, device=logs.device).index_add(0, rows, logs)
 

@@ -185,7 +185,8 @@ def shared_prompt_attention(
     length = prompt.keys.shape[2]
     bias = _bias(module, plan, queries, attention_mask, position_bias, length, 0 if prompt.whole else key.shape[2])
     split = (None, None) if bias is None else (bias[..., :length], None if prompt.whole else bias[..., length:])
-    attended = _Attend.apply(queries, prompt.keys * scale, prompt.values, *own, *split)
+    tensors = (queries, prompt.keys * scale, prompt.values, *own, *split)
+    attended = _Attend.apply(*tensors)  # type: ignore[no-untyped-call]
     return plan.ungrouped(attended), None
 
 

@@ -174,7 +174,7 @@ def orthogonality_penalty(
     matrices = [current[module] for group in groups for module in group.modules]
     if not matrices:
         return torch.zeros((), device=psi.device)
-    total: torch.Tensor = _Penalty.apply(groups, weights, form, torch.is_grad_enabled(), *matrices)
+    total: torch.Tensor = _Penalty.apply(groups, weights, form, torch.is_grad_enabled(), *matrices)  # type: ignore[no-untyped-call]
     return total.to(psi.device)
 
 

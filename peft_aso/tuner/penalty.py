@@ -100,7 +100,7 @@ class PenalisedTask(ActiveTask):
         if not self._coefficients.knows(task) and numbers and set(psi) == set(self.history):
             self._coefficients.set(task, self.history, {str(name): value for name, value in psi.items()})
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def orthogonality_penalty(self) -> torch.Tensor:
         """Eq. 7 without lambda for the current task: a float32 scalar with gradients to its A; 0 without
         history.
