@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
+from peft.utils import CONFIG_NAME
 
 PEFT_TYPE_NAME = "ASO_LORA"
 
@@ -200,6 +203,7 @@ class ASOLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._chain: str | None = None  # no field: where a chain lies is nothing that is saved
         self.peft_type = PeftType(PEFT_TYPE_NAME)
         self.attribution = _attribution_config(self.attribution)
         _check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
@@ -230,6 +234,21 @@ class ASOLoraConfig(LoraConfig):
             return self.attribution.attribution_model
         return "cumulative" if self.forward_history == "stacked" else "task"
 
+    @property
+    def chain(self) -> str | None:
+        """The folder or the id on the Hub that `load_chain` finds this task and its history in, as far as reading the
+        config with `from_pretrained` (as PEFT's loaders do) has told."""
+        return self._chain
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> ASOLoraConfig:
+        """As PEFT's; and the config knows where its `chain` lies."""
+        config: ASOLoraConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._chain = _chain_around(pretrained_model_name_or_path, config.history or [])
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with the version of this package and the nested settings as a plain dictionary."""
         from .. import __version__
@@ -238,3 +257,12 @@ class ASOLoraConfig(LoraConfig):
         result["attribution"] = asdict(self.attribution)
         result["peft_aso_version"] = __version__
         return result
+
+
+def _chain_around(source: str | os.PathLike[str], history: list[str]) -> str | None:
+    """The id, or the folder (this one, or the one that it lies in) that has a task of the history in it."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    places = [place for place in (folder, folder.parent) for task in history if (place / task / CONFIG_NAME).is_file()]
+    return str(places[0]) if places else None

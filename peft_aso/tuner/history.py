@@ -34,6 +34,8 @@ class TaskHistory:
             Adapters whose history is left out of the forward pass while they train.
         forms (`dict[str, str]`):
             Adapter -> the form in which its history is computed (`history_form` of its config).
+        chains (`dict[str, str | None]`):
+            Adapter -> the folder or the id on the Hub that has its history, where that is known.
         writes (`int`):
             How often weights were written in torch's own ways: loaded, moved, cast.
         alone (`bool`):
@@ -48,6 +50,7 @@ class TaskHistory:
         self.frozen: frozenset[str] = frozenset()
         self.isolated: frozenset[str] = frozenset()
         self.forms: dict[str, str] = {}
+        self.chains: dict[str, str | None] = {}
         self.writes = 0
         self.alone = False
         self.as_one = False
@@ -74,6 +77,7 @@ class TaskHistory:
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
         self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
         self.forms = {name: config.history_form for name, config in configs.items()}
+        self.chains = {name: config.chain for name, config in configs.items()}
         self._resolved = {}
 
     def dependents(self, adapter: str) -> list[str]:
@@ -86,10 +90,12 @@ class TaskHistory:
             lacking = self.missing.get(adapter)
             if lacking and not self.alone:
                 names = ", ".join(repr(task) for task in lacking)
+                source = self.chains.get(adapter)
+                chain = "" if source is None else f"(base, {source!r})"
                 raise MissingHistoryError(
                     f"The adapter {adapter!r} was trained on top of tasks that are not loaded: {names}. Load "
                     "each with model.load_adapter(<its folder or Hub id>, adapter_name=<task>), or all at "
-                    "once with peft_aso.load_chain. To run the adapter by itself (Eq. 2), use "
+                    f"once with peft_aso.load_chain{chain}. To run the adapter by itself (Eq. 2), use "
                     f"`with model.base_model.only({adapter!r}):`."
                 )
 

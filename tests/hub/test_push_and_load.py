@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
-from peft_aso import ASOLoraConfig, ChainError, load_chain, push_chain, save_chain
+from peft_aso import ASOLoraConfig, ChainError, MissingHistoryError, load_chain, push_chain, save_chain
 from peft_aso.chain.manifest import MANIFEST_NAME
 from tests.chain.chains import make_chain, randomize, settings
 from tests.hub.server import TOKEN, Hub
@@ -101,6 +101,35 @@ def test_a_repository_a_task_pins_its_history(hub: Hub) -> None:
     same(load_chain(base(), list(commits)), model)
     alone = PeftModel.from_pretrained(base(), "user/chain-first")
     same(alone, load_chain(base(), "user/chain-first"))
+
+
+def test_pefts_own_loader_says_what_is_missing_and_what_brings_it(hub: Hub) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain", per_task=True)
+    with pytest.warns(UserWarning, match=r"on top of \['first', 'second'\]"):
+        found = PeftModel.from_pretrained(base(), "user/chain-third")
+    with pytest.raises(MissingHistoryError, match=r"'first', 'second'.*load_chain\(base, 'user/chain-third'\)"):
+        logits(found)
+    same(load_chain(base(), "user/chain-third"), model)
+    with pytest.warns(UserWarning, match=r"on top of \['first'\]"):
+        found.load_adapter("user/chain-second", adapter_name="b")
+    found.load_adapter("user/chain-first", adapter_name="a")
+    same(found.eval(), model)
+
+
+def test_pefts_own_push_can_be_loaded(hub: Hub) -> None:
+    model = make_chain()
+    model.push_to_hub("user/own")
+    same(load_chain(base(), "user/own"), model)
+    with pytest.warns(UserWarning, match="on top of"):
+        found = PeftModel.from_pretrained(base(), "user/own", subfolder="second")
+    with pytest.raises(MissingHistoryError, match=r"load_chain\(base, 'user/own'\)"):
+        logits(found)
+    one = get_peft_model(base(), ASOLoraConfig(**settings("llama"), task_name="mood")).eval()
+    randomize(one, "default")
+    one.push_to_hub("user/mood")
+    same(PeftModel.from_pretrained(base(), "user/mood"), one)
+    assert list(load_chain(base(), "user/mood").peft_config) == ["mood"]
 
 
 def test_others_go_on_with_a_chain_and_pin_what_they_went_on_with(hub: Hub) -> None:

@@ -22,7 +22,7 @@ from peft_aso.tuner.history import (
 
 def task(history: list[str] | None = None, **settings: Any) -> Any:
     """A stand-in for a config: what this room reads of one."""
-    defaults = {"task_name": None, "combined": False, "peft_aso_version": None}
+    defaults = {"task_name": None, "combined": False, "peft_aso_version": None, "chain": None}
     defaults |= {"forward_history": "stacked", "history_form": "auto"}
     return SimpleNamespace(history=history, **{**defaults, **settings})
 
