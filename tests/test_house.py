@@ -17,6 +17,7 @@ FLOORS = {
     "attribution": 1,
     "metrics": 1,
     "plots": 1,
+    "sharding": 1,
     "tuner": 2,
     "chain": 3,
     "training": 3,
@@ -29,6 +30,7 @@ FORBIDDEN = {
     "attribution": {"peft", "huggingface_hub"},
     "metrics": {"torch", "transformers", "peft", "matplotlib"},
     "plots": {"torch", "transformers", "peft"},
+    "sharding": {"transformers", "peft"},
 }
 # What examples may import of ours: the contract.
 PUBLIC_MODULES = {PACKAGE, f"{PACKAGE}.attribution", f"{PACKAGE}.metrics", f"{PACKAGE}.plots"}

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..sharding import gathered
 from .answer import MAX_ANSWER_TOKENS, Answer, read_batch
 from .findings import Findings
 from .memory import RowBudget
@@ -90,7 +91,7 @@ def integrated_gradients(
     _check_settings(method, stacks, max_rows)
     model = unwrap(model)
     layers = _of_stack(model, find_neurons(model, neurons), stacks)
-    with undisturbed(model):
+    with gathered(model), undisturbed(model):
         inputs, answer = read_batch(model, batch, max_answer_tokens)
         found = Findings()
         total = len(layers) * len(answer.targets)

@@ -68,7 +68,7 @@ def looking_at(model: nn.Module, adapter: str | None, alone: bool) -> AbstractCo
     if adapter is None:
         if alone:
             raise ValueError("alone=True needs to know which adapter: give adapter=<name>.")
-        return nullcontext() if tuner is None else tuner.as_one()
+        return nullcontext() if tuner is None else _as_one(tuner, nullcontext())
     if tuner is None:
         raise ValueError(
             f"adapter={adapter!r} needs a model with ASO-LoRA adapters (get_peft_model(base, ASOLoraConfig(...))), "
@@ -80,5 +80,5 @@ def looking_at(model: nn.Module, adapter: str | None, alone: bool) -> AbstractCo
 @contextmanager
 def _as_one(tuner: ASOLoraModel, looking: AbstractContextManager[None]) -> Iterator[None]:
     """`looking`, with each module's adapters in one matrix: the model is run hundreds of times and not trained."""
-    with looking, tuner.as_one():
+    with tuner.unsharded(), looking, tuner.as_one():
         yield

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .coefficients import Coefficients, require_tuner, store_attribution, update_coefficients
+from .coefficients import Coefficients, agree, require_tuner, store_attribution, update_coefficients
 from .probe import choose_probe
 
 
@@ -60,6 +60,8 @@ class ASOCallback(TrainerCallback):
         if not tuner.history or config.resolved_penalty_weight == 0:
             return  # psi would weigh nothing
         self.last = update_coefficients(model, self._probe, progress=not args.disable_tqdm)
+        if args.world_size > 1:
+            agree(tuner)
 
 
 def steps_between(refresh: float, max_steps: int) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -114,6 +115,14 @@ def update_coefficients(
     return Coefficients(similarities, tuner.soft_coefficients, current)
 
 
+def agree(tuner: ASOLoraModel) -> None:
+    """All processes take the first one's psi and w of the current task: theirs may differ in the last digits."""
+    config = tuner.peft_config[tuner.current_task]
+    found = broadcast_object_list([tuner.soft_coefficients, config.similarities])
+    per_layer = any(isinstance(value, list) for value in found[0].values())
+    tuner.set_soft_coefficients(found[0], layers_of_modules(tuner, config) if per_layer else None, found[1])
+
+
 def require_tuner(model: nn.Module) -> ASOLoraModel:
     """The model's `ASOLoraModel`; an error that says how to get one where there is none."""
     tuner = tuner_of(model)
@@ -141,21 +150,22 @@ def attribute(
     current = tuner.peft_config[tuner.current_task]
     settings = current.attribution
     bar = tqdm(batches, desc=f"attribution of {adapter}", unit="batch", leave=False, disable=not progress)
-    vectors = [
-        compute_attribution(
-            model,
-            batch,
-            adapter=adapter,
-            alone=current.attribution_model == "task",
-            steps=settings.steps,
-            quadrature=settings.quadrature,
-            neurons=settings.neurons,
-            stacks=settings.stacks,
-            max_rows=settings.max_rows,
-            max_answer_tokens=settings.max_answer_tokens,
-        )
-        for batch in bar
-    ]
+    with tuner.unsharded():
+        vectors = [
+            compute_attribution(
+                model,
+                batch,
+                adapter=adapter,
+                alone=current.attribution_model == "task",
+                steps=settings.steps,
+                quadrature=settings.quadrature,
+                neurons=settings.neurons,
+                stacks=settings.stacks,
+                max_rows=settings.max_rows,
+                max_answer_tokens=settings.max_answer_tokens,
+            )
+            for batch in bar
+        ]
     return AttributionVector.cat(vectors)
 
 

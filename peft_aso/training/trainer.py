@@ -106,7 +106,7 @@ class ASOTrainerMixin(TrainedOnlyMixin):
                 for name, value in inputs.items()
             }
             bare = unwrap(model)
-            with undisturbed(bare), torch.no_grad():
+            with self.tuner.unsharded(), undisturbed(bare), torch.no_grad():
                 losses = [bare(**one, num_items_in_batch=count)["loss"] for count in (1, 1000)]
             self._ignores_item_count = torch.equal(losses[0], losses[1])
         return self._ignores_item_count

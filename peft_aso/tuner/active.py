@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -16,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..sharding import gathered, is_sharded, may_shard
 from .forms import fold_obstacle
 from .history import HistoryError, TaskHistory
 from .layer import modules_outside
@@ -81,6 +83,32 @@ class ActiveTask(LoraModel):
                     f"The history of {name!r} cannot be folded into this model ({min(obstacles)}). Set "
                     f'model.peft_config[{name!r}].history_form = "auto", which takes another form here.'
                 )
+
+    def note_sharding(self) -> None:
+        """Find out whether FSDP2 shards the weights, which it may do at any time after the model was made."""
+        if not may_shard():
+            return
+        parts = (part for layer in self.lora_layers().values() for part in (layer.lora_A, layer.lora_embedding_A))
+        sharded = any(is_sharded(weight) for part in parts for weight in islice(part.parameters(), 1))
+        if sharded and not self.tasks.sharded:
+            self._clear_forms()
+        self.tasks.sharded = self.tasks.sharded or sharded
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Inside the context all weights are whole in each process, where FSDP2 shards them: parts of the model can be
+        called one by one. All processes enter it together; it takes the memory of the whole model in each."""
+        self.note_sharding()
+        if not self.tasks.sharded:
+            yield
+            return
+        self.tasks.sharded = False
+        try:
+            with gathered(self.model):
+                yield
+        finally:
+            self._clear_forms()
+            self.tasks.sharded = True
 
     def _clear_forms(self) -> None:
         """Free what the layers keep of the history: another task is active, or the base weights change."""

@@ -48,6 +48,9 @@ def form_in_forward(
         present = adapters_in(layer, names)
         return build(layer, present, "stacked", None) if present else None
     half = half_autocast(x.device.type)
+    if layer.task_history.sharded:  # whole in this pass only: to keep it would be to undo the sharding
+        present = adapters_in(layer, names)
+        return build(layer, present, "stacked", compute_dtype(x, half)) if present else None
     can_fold = can_fold and wanted in ("auto", "folded") and fold_obstacle(layer) is None
     if can_fold and (wanted == "folded" or not rounds(layer, half)):
         return _kept(layer, names, "folded", None, glance)

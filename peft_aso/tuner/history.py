@@ -42,6 +42,8 @@ class TaskHistory:
             True inside `ASOLoraModel.only`: adapters run without their history.
         as_one (`bool`):
             True inside `ASOLoraModel.as_one`: adapters run folded into the base weights, together with their history.
+        sharded (`bool`):
+            True where FSDP2 shards the weights: what a layer makes of them in a forward pass is not kept.
     """
 
     def __init__(self) -> None:
@@ -54,6 +56,7 @@ class TaskHistory:
         self.writes = 0
         self.alone = False
         self.as_one = False
+        self.sharded = False
         self._resolved: dict[tuple[tuple[str, ...], bool, bool], tuple[str, ...]] = {}
 
     def refresh(self, configs: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ..sharding import here
+
 T = TypeVar("T")
 
 # Weights of one layer that a pass in training looks at. With up to 16 earlier tasks these are all of them.
@@ -56,6 +58,7 @@ def tensor_state(tensor: torch.Tensor) -> tuple[Any, ...]:
     The storage itself is in it and not its address: as long as somebody keeps this, the address cannot be
     given to another tensor. Writes through `tensor.data` are not seen, as autograd does not see them.
     """
+    tensor = here(tensor)
     version = -1 if tensor.is_inference() else tensor._version
     return (tensor.untyped_storage(), tensor.storage_offset(), version, tensor.dtype, tuple(tensor.shape))
 

@@ -64,7 +64,7 @@ class HistoryLinear(lora.Linear):
     def _whole(self, x: torch.Tensor, tasks: TaskHistory) -> Form | None:
         """Base weight, history and active adapters as one weight, where that is exact; else None."""
         active = tuple(self.active_adapters)
-        if self.training or torch.compiler.is_compiling() or fold_obstacle(self) is not None:
+        if self.training or torch.compiler.is_compiling() or tasks.sharded or fold_obstacle(self) is not None:
             return None
         if rounds(self, half_autocast(x.device.type)) or any(name in self.lora_variant for name in active):
             return None

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from ..sharding import Rows, whole
 from .active import ActiveTask
 from .history import HistoryError, adapter_of, holder_of, task_name_of
 from .kept import GLANCE, NotCopied, Watch, give_back
@@ -114,9 +115,11 @@ class PenalisedTask(ActiveTask):
         self._recall_coefficients()
         if not self.history:
             return torch.zeros((), device=self._device_of(task))
-        prepared, current = self._prepared_for(task)
+        prepared, rows = self._prepared_for(task)
+        current = rows.matrices
         psi, layer_of = self._coefficients.tensor(task, self.history, next(iter(current.values())).device)
-        return orthogonality_penalty(prepared.groups, current, psi, self.peft_config[task].penalty, layer_of)
+        share = orthogonality_penalty(prepared.groups, current, psi, self.peft_config[task].penalty, layer_of)
+        return rows.total(share)
 
     def gather_history(self) -> None:
         """Bring the history's A together in memory, as the first penalty does by itself.
@@ -145,41 +148,50 @@ class PenalisedTask(ActiveTask):
     def norm_penalty(self) -> torch.Tensor:
         """Sum of the norms of the current adapter's matrices: the term that `l2_weight` weighs."""
         layers = [layer for layer in self.lora_layers().values() if adapters_in(layer, [self.current_task])]
-        return norm_penalty([matrix for layer in layers for matrix in matrices_of(layer, self.current_task)])
+        return norm_penalty([whole(matrix) for layer in layers for matrix in matrices_of(layer, self.current_task)])
 
-    def _prepared_for(self, task: str) -> tuple[_Prepared, dict[str, torch.Tensor]]:
+    def _prepared_for(self, task: str) -> tuple[_Prepared, Rows]:
         """The history's rows by shape and the task's own A. Prepared again only when something has changed."""
         held = self._groups.held
         same_chain = held is not None and held.task == task and held.histories is self.tasks.histories
         if held is not None and same_chain and self._unchanged(held):
-            current = {name: subspace_of(layer, task) for name, layer in held.layers.items()}
-            if [(matrix.shape, matrix.device) for matrix in current.values()] == held.places:
+            current = Rows({name: subspace_of(layer, task) for name, layer in held.layers.items()})
+            if [(matrix.shape, matrix.device) for matrix in current.matrices.values()] == held.places:
                 return held, current
         self._groups.clear()
         held = None  # the old copies are gone before there are new ones
         # tensors made in inference mode could not be used in training afterwards
         with torch.inference_mode(False), torch.no_grad():
             held = self._groups.held = self._prepare(task)
-        return held, {name: subspace_of(layer, task) for name, layer in held.layers.items()}
+        return held, Rows({name: subspace_of(layer, task) for name, layer in held.layers.items()})
 
     def _prepare(self, task: str) -> _Prepared:
         self.check_shared_modules()
+        self.note_sharding()
         layers = {name: layer for name, layer in self.lora_layers().items() if adapters_in(layer, [task])}
         order = {name: index for index, name in enumerate(self.history)}
         present = {name: adapters_in(layer, order) for name, layer in layers.items()}
         rows = {
-            name: [(order[old], subspace_of(layer, old)) for old in present[name]] for name, layer in layers.items()
+            name: [(order[old], self._frozen(subspace_of(layer, old))) for old in present[name]]
+            for name, layer in layers.items()
         }
-        current = {name: subspace_of(layer, task) for name, layer in layers.items()}
+        current = Rows({name: subspace_of(layer, task) for name, layer in layers.items()}).matrices
         places = [(matrix.shape, matrix.device) for matrix in current.values()]
         self._clear_forms()  # they would be made anew afterwards, and keep the old places alive until then
         groups = group_history(rows, current, give_back=give_back)  # moves the rows: the watch comes after it
         give_back()
-        watch = _watch([(layers[name], names) for name, names in present.items()])
+        watched = () if self.tasks.sharded else present.items()  # sharded weights come and go in each pass
+        watch = _watch([(layers[name], names) for name, names in watched])
         return _Prepared(task, self.tasks.histories, layers, places, watch, self.tasks.writes, groups)
+
+    def _frozen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the history as the penalty keeps them: of sharded weights a copy, gathered once a task."""
+        return whole(rows.detach()).clone() if self.tasks.sharded else rows
 
     def _unchanged(self, held: _Prepared) -> bool:
         writes = self.tasks.writes
+        if self.tasks.sharded:
+            return held.writes == writes
         hurried = self.training and held.writes == writes
         held.writes = writes
         return held.watch.unchanged(GLANCE * len(held.layers) if hurried else None)

@@ -1,6 +1,6 @@
 """One task trained on top of a random one, by as many processes as there are; run by test_distributed.py.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/training/distributed.py FOLDER
+    python -m torch.distributed.run --nproc-per-node 2 tests/training/distributed.py FOLDER [ddp | fsdp2]
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from safetensors.torch import save_file
 
 from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig
+from peft_aso.sharding import is_sharded, whole
 from tests.tiny_models import tiny
 from tests.training.tools import TinyTask, arguments
 
 GLOBAL_BATCH = 4
+SHARDED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+WAYS: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp2": {"fsdp": True, "fsdp_config": SHARDED}}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, way: str = "ddp") -> None:
     """Train, and let each process write what it came to."""
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
     base = tiny("llama")
-    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "penalty_weight": 0.3}
+    # three rows of A do not go evenly into two processes
+    settings = {"r": 3, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    settings |= {"penalty_weight": 0.3, "l2_weight": 0.01}
     config = AttributionConfig(steps=4, probe_size=3, refresh=2)
     model = get_peft_model(base, ASOLoraConfig(**settings, attribution=config), adapter_name="first")
     with torch.no_grad():
@@ -37,20 +45,34 @@ def main(folder: Path) -> None:
     model.set_adapter("second")
     run = arguments(
         folder / f"run{processes}_{rank}", max_steps=4, per_device_train_batch_size=GLOBAL_BATCH // processes,
-        learning_rate=1e-2, save_strategy="steps", save_steps=4, ddp_find_unused_parameters=False,
+        learning_rate=1e-2, save_strategy="steps", save_steps=2, ddp_find_unused_parameters=False, **WAYS[way],
     )  # fmt: skip
     trainer = ASOTrainer(model=model, args=run, train_dataset=TinyTask(base, seed=1))
+    if way == "fsdp2":
+        shard_on_cpu(trainer)
     trainer.train()
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if ".second." in name}
-    save_file(weights, folder / f"weights_{processes}_{rank}.safetensors")
+    layers = model.base_model.lora_layers().values()
     found = {
         "psi": model.base_model.soft_coefficients,
         "processes": trainer.accelerator.num_processes,
         "wrapped": type(trainer.model_wrapped).__name__,
-        "losses": [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry],
+        "sharded": any(is_sharded(parameter) for parameter in model.parameters()),
+        "kept": any(layer.history_cache._held is not None for layer in layers),
+        "log": [entry for entry in trainer.state.log_history if "orthogonality_penalty" in entry],
     }
+    weights = {name: whole(parameter.detach()) for name, parameter in model.named_parameters() if ".second." in name}
+    copies = {name: weight.clone() for name, weight in weights.items()}
+    save_file(copies, folder / f"weights_{processes}_{rank}.safetensors")
     (folder / f"found_{processes}_{rank}.json").write_text(json.dumps(found))
 
 
+def shard_on_cpu(trainer: Any) -> None:
+    """Accelerate shards on accelerators only, though torch does so on a CPU, too: tell it that there is one."""
+    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

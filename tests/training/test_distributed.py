@@ -1,4 +1,4 @@
-"""Two processes on the CPU (DDP over gloo) come to what one comes to."""
+"""Two processes on the CPU (over gloo) come to what one comes to: with whole weights (DDP) and sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,39 @@ SCRIPT = Path(__file__).with_name("distributed.py")
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder: Path, processes: int) -> None:
+def run(folder: Path, processes: int, *what: str) -> None:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*start, str(SCRIPT), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [*start, str(SCRIPT), str(folder), *what]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
-def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, way: str) -> None:
     for processes in (1, 2):
-        run(tmp_path, processes)
+        run(tmp_path, processes, way if processes > 1 else "ddp")
     found = {place: json.loads((tmp_path / f"found_{place}.json").read_text()) for place in ("1_0", "2_0", "2_1")}
-    assert found["2_0"]["processes"] == 2 and found["2_0"]["wrapped"] == "DistributedDataParallel"
+    sharded = way == "fsdp2"
+    assert found["2_0"]["processes"] == 2 and found["2_0"]["sharded"] == sharded
+    assert found["2_0"]["wrapped"].startswith("FSDP" if sharded else "DistributedDataParallel")
+    assert found["1_0"]["kept"] and found["2_0"]["kept"] is not sharded, "no whole copy of a sharded layer's history"
     weights = {place: load_file(tmp_path / f"weights_{place}.safetensors") for place in found}
     for place in ("2_0", "2_1"):
         assert found[place]["psi"]["first"] == pytest.approx(found["1_0"]["psi"]["first"], abs=1e-5)
         for name, weight in weights["1_0"].items():
             torch.testing.assert_close(weights[place][name], weight, atol=1e-5, rtol=0)
     assert found["2_0"]["psi"] == found["2_1"]["psi"], "the same on every rank"
+    for one, two in zip(found["1_0"]["log"], found["2_0"]["log"], strict=True):
+        for value in ("loss", "grad_norm", "orthogonality_penalty"):
+            assert two[value] == pytest.approx(one[value], rel=1e-4, abs=1e-7), value
     written = [list((tmp_path / f"run2_{rank}").glob("checkpoint-4/*")) for rank in (0, 1)]
-    assert any(path.name == "adapter_model.safetensors" for path in written[0])
-    assert {path.name for path in written[1]} <= {"rng_state_1.pth"}, "one rank writes"
+    saved = next(path for path in written[0] if path.name == "adapter_model.safetensors")
+    for name, weight in load_file(saved).items():
+        if "lora_" in name:
+            whole = weights["1_0"][name.replace(".weight", ".second.weight")]
+            torch.testing.assert_close(weight, whole, atol=1e-5, rtol=0)
+    assert "adapter_model.safetensors" not in {path.name for path in written[1]}, "one rank writes"
