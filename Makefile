@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.peft-aso-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-slow test-quantized demo speed clean
+.PHONY: help env lint test test-slow test-optional demo speed clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -41,12 +41,16 @@ test: lint ## ruff, mypy and the fast tests; PYTEST_ARGS="-k name" narrows them
 test-slow: env ## the slow tests only (they load SmolLM2)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
-test-quantized: env ## the tests on quantized bases, in an environment of their own (bitsandbytes, torchao)
-	$(PYTHON) -m venv .venv-quantized
-	.venv-quantized/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) "torch==2.13.0"
-	.venv-quantized/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) \
-	  --editable ".[test,quantized]"
-	HF_HUB_OFFLINE=1 .venv-quantized/bin/python -m pytest -q tests/test_quantized.py $(PYTEST_ARGS)
+OPTIONAL := .venv-optional/bin/python
+OPTIONAL_PIP := $(OPTIONAL) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+
+test-optional: ## the tests with bitsandbytes, torchao and DeepSpeed, in an environment of their own
+	$(PYTHON) -m venv .venv-optional
+	$(OPTIONAL_PIP) "torch==2.13.0"
+	$(OPTIONAL_PIP) --editable ".[test,quantized]" ninja setuptools wheel
+	DS_BUILD_OPS=0 $(OPTIONAL_PIP) --no-build-isolation --editable ".[deepspeed]"  # its build imports torch
+	HF_HUB_OFFLINE=1 PATH="$(CURDIR)/.venv-optional/bin:$$PATH" $(OPTIONAL) -m pytest -q tests/test_quantized.py \
+	  tests/training/test_distributed.py $(PYTEST_ARGS)
 
 demo: env ## four tasks in sequence on SmolLM2-135M; DEMO_ARGS="--data FOLDER --model NAME" changes what runs
 	$(PY) examples/quickstart.py --out runs/demo $(DEMO_ARGS)

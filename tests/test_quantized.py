@@ -1,6 +1,6 @@
 """A chain on a quantized base: the sum is right, it trains, psi is found, stock PEFT loads the export; on the CPU.
 
-`make test-quantized` runs these in an environment that has bitsandbytes and torchao.
+`make test-optional` runs these in an environment that has bitsandbytes and torchao.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def quantization(kind: str) -> Any:
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """Loads the same quantized model anew each time it is called."""
     if importlib.util.find_spec(KINDS[request.param]) is None:
-        pytest.skip(f"needs {KINDS[request.param]}; `make test-quantized` has it")
+        pytest.skip(f"needs {KINDS[request.param]}; `make test-optional` has it")
     torch.manual_seed(0)
     tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
 

@@ -30,6 +30,7 @@ class ASOCallback(TrainerCallback):
     ) -> None:
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         tuner = require_tuner(model)
+        tuner.note_sharding()
         settings = tuner.peft_config[tuner.current_task].attribution
         if settings.similarity != "none":
             seed = args.seed if args.data_seed is None else args.data_seed

@@ -32,11 +32,13 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         ValueError: no ASO-LoRA adapter, or the active task is the history of another and therefore frozen.
         MissingHistoryError: a task of the history is not loaded.
         HistoryError: an earlier task shares no module with the current one.
+        ValueError: DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_trainable(self.tuner)
+        _refuse_zero_3(self.accelerator)  # type: ignore[attr-defined]
         self._ignores_item_count: bool | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._noted_steps = 0.0
@@ -106,8 +108,9 @@ class ASOTrainerMixin(TrainedOnlyMixin):
                 for name, value in inputs.items()
             }
             bare = unwrap(model)
-            with self.tuner.unsharded(), undisturbed(bare), torch.no_grad():
-                losses = [bare(**one, num_items_in_batch=count)["loss"] for count in (1, 1000)]
+            run = model if self.tuner.tasks.sharded else bare  # sharded weights come together in the wrapper's pass
+            with undisturbed(bare), torch.no_grad():
+                losses = [run(**one, num_items_in_batch=count)["loss"] for count in (1, 1000)]
             self._ignores_item_count = torch.equal(losses[0], losses[1])
         return self._ignores_item_count
 
@@ -194,6 +197,16 @@ def check_trainable(tuner: ASOLoraModel) -> None:
         raise ValueError(
             f"Nothing in the model trains: the adapter {task!r} was loaded for inference. Call "
             f"model.set_adapter({task!r}) (or load it with is_trainable=True)."
+        )
+
+
+def _refuse_zero_3(accelerator: Any) -> None:
+    """DeepSpeed's ZeRO-3 leaves nothing of a weight in a process but in the module's own forward pass."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 takes the weights apart, and the penalty and the attribution read them outside of the "
+            "forward pass. Use ZeRO-2 or FSDP2, which shards the weights too (docs/distributed.md)."
         )
 
 

@@ -1,6 +1,6 @@
 """One task trained on top of a random one, by as many processes as there are; run by test_distributed.py.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/training/distributed.py FOLDER [ddp | fsdp2]
+    torchrun --nproc-per-node 2 tests/training/distributed.py FOLDER [ddp | fsdp2 | zero2 | zero3]
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from tests.training.tools import TinyTask, arguments
 
 GLOBAL_BATCH = 4
 SHARDED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+ZERO |= {"zero_allow_untested_optimizer": True}
 WAYS: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp2": {"fsdp": True, "fsdp_config": SHARDED}}
+for stage in (2, 3):
+    WAYS[f"zero{stage}"] = {"deepspeed": {**ZERO, "zero_optimization": {"stage": stage}}, "use_cpu": False}
 
 
 def main(folder: Path, way: str = "ddp") -> None:
     """Train, and let each process write what it came to."""
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if way.startswith("zero"):  # Accelerate knows a backend for DeepSpeed on accelerators only
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.NO)
     torch.manual_seed(0)
     base = tiny("llama")
     # three rows of A do not go evenly into two processes

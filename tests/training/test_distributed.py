@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,25 +17,32 @@ SCRIPT = Path(__file__).with_name("distributed.py")
 ROOT = Path(__file__).parents[2]
 
 
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-optional"
+)
+
+
 def run(folder: Path, processes: int, *what: str) -> None:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*start, str(SCRIPT), str(folder), *what]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, way: str) -> None:
     for processes in (1, 2):
         run(tmp_path, processes, way if processes > 1 else "ddp")
     found = {place: json.loads((tmp_path / f"found_{place}.json").read_text()) for place in ("1_0", "2_0", "2_1")}
     sharded = way == "fsdp2"
     assert found["2_0"]["processes"] == 2 and found["2_0"]["sharded"] == sharded
-    assert found["2_0"]["wrapped"].startswith("FSDP" if sharded else "DistributedDataParallel")
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModelForCausalLM", "zero2": "DeepSpeedEngine"}
+    assert found["2_0"]["wrapped"] == wrapper[way]
     assert found["1_0"]["kept"] and found["2_0"]["kept"] is not sharded, "no whole copy of a sharded layer's history"
     weights = {place: load_file(tmp_path / f"weights_{place}.safetensors") for place in found}
     for place in ("2_0", "2_1"):
@@ -52,3 +60,10 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, way: str) -> No
             whole = weights["1_0"][name.replace(".weight", ".second.weight")]
             torch.testing.assert_close(weight, whole, atol=1e-5, rtol=0)
     assert "adapter_model.safetensors" not in {path.name for path in written[1]}, "one rank writes"
+
+
+@needs_deepspeed
+def test_zero_3_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ZeRO-3 takes.*\n?.*ZeRO-2 or FSDP2"):
+        run(tmp_path, 2, "zero3")
+    assert not list(tmp_path.glob("run*/*"))
