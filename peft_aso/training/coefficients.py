@@ -24,6 +24,7 @@ from ..tuner.config import AttributionConfig
 from ..tuner.kept import tensor_state
 from ..tuner.layer import adapters_in, fingerprint
 from ..tuner.persistence import tuner_of
+from ..tuner.psi import layers_of_blocks
 from .attribution import compute_attribution
 
 Batches = Sequence[Mapping[str, Any]]
@@ -299,23 +300,7 @@ def _check_count(stored: int, current: int) -> None:
 
 
 def layers_of_modules(tuner: ASOLoraModel, config: Any) -> dict[str, int] | None:
-    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` with one psi a task.
-
-    Modules outside of all blocks (embeddings, a head) go with the nearest end: the first or the last layer.
-    """
+    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` with one psi a task."""
     if config.attribution.granularity == "task":
         return None
-    blocks = [block_of(entry[0]) for entry in config.attribution_layout]
-    result = {}
-    for name in tuner.lora_layers():
-        inside = [index for index, block in enumerate(blocks) if f"{name}.".startswith(block)]
-        head = "head" in name or "score" in name or "classifier" in name
-        result[name] = inside[0] if inside else len(blocks) - 1 if head else 0
-    return result
-
-
-def block_of(name: str) -> str:
-    """`"model.layers.3.mlp.down_proj"` -> `"model.layers.3."`: the name up to its first number."""
-    parts = name.split(".")
-    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbered[0] + 1]) + "." if numbered else f"{name}."
+    return layers_of_blocks(tuner.lora_layers(), [entry[0] for entry in config.attribution_layout])

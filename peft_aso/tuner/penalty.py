@@ -16,7 +16,7 @@ from .history import HistoryError, adapter_of, holder_of, task_name_of
 from .kept import GLANCE, NotCopied, Watch, give_back
 from .layer import adapters_in, matrices_of, subspace_of
 from .orthogonality import FrozenGroup, group_history, norm_penalty, orthogonality_penalty
-from .psi import CoefficientStore
+from .psi import CoefficientStore, layers_of_blocks
 
 
 @dataclass
@@ -93,13 +93,20 @@ class PenalisedTask(ActiveTask):
             config.similarities = dict(similarities)
 
     def _recall_coefficients(self) -> None:
-        """Take psi of a loaded task from its config. (One psi a layer needs `layer_of`: not recalled.)"""
+        """Take psi of a loaded task from its config, as far as it fits the chain."""
         task = self.current_task
-        saved = self.peft_config[task].soft_coefficients or {}
-        psi = {holder_of(name, self.peft_config): value for name, value in saved.items()}
+        config = self.peft_config[task]
+        saved = config.soft_coefficients
+        if not saved or self._coefficients.knows(task):
+            return
+        psi = {str(holder_of(name, self.peft_config)): value for name, value in saved.items()}
+        layout = config.attribution_layout or []
         numbers = all(isinstance(value, (int, float)) for value in psi.values())
-        if not self._coefficients.knows(task) and numbers and set(psi) == set(self.history):
-            self._coefficients.set(task, self.history, {str(name): value for name, value in psi.items()})
+        by_layer = all(isinstance(value, list) and len(value) == len(layout) > 0 for value in psi.values())
+        if set(psi) == set(self.history) and (numbers or by_layer):
+            names = [entry[0] for entry in layout]
+            layer_of = layers_of_blocks(self.lora_layers(), names) if by_layer else None
+            self._coefficients.set(task, self.history, psi, layer_of)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def orthogonality_penalty(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,3 +100,28 @@ def _check_layers(layer_of: Mapping[str, int] | None, count: int) -> None:
     outside = {module: layer for module, layer in layer_of.items() if not 0 <= layer < count}
     if outside:
         raise ValueError(f"psi has {count} layers, but layer_of names others: {outside}.")
+
+
+def layers_of_blocks(modules: Iterable[str], neurons: Sequence[str]) -> dict[str, int]:
+    """LoRA module -> the FFN layer of the same block.
+
+    Modules outside of all blocks (embeddings, a head) go with the nearest end: the first or the last layer.
+
+    Args:
+        modules: names of LoRA modules.
+        neurons: names of the FFN layers' down projections, in the order in which psi has its values.
+    """
+    blocks = [_block_of(name) for name in neurons]
+    result = {}
+    for name in modules:
+        inside = [index for index, block in enumerate(blocks) if f"{name}.".startswith(block)]
+        head = "head" in name or "score" in name or "classifier" in name
+        result[name] = inside[0] if inside else len(blocks) - 1 if head else 0
+    return result
+
+
+def _block_of(name: str) -> str:
+    """`"model.layers.3.mlp.down_proj"` -> `"model.layers.3."`: the name up to its first number."""
+    parts = name.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) + "." if numbered else f"{name}."

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.spatial.distance import cosine
 from scipy.stats import pearsonr, spearmanr
 
-from peft_aso import AttributionConfig, AttributionVector, compute_attribution, update_coefficients
+from peft_aso import AttributionConfig, AttributionVector, compute_attribution, load_chain, update_coefficients
 from peft_aso.training.coefficients import store_attribution
 from tests.tiny_models import tiny, tiny_batch
 from tests.training.tools import TinyTask, chain, randomize
@@ -80,6 +83,21 @@ def test_one_psi_a_layer_weighs_the_modules_of_that_layer() -> None:
             product = layer.lora_A[task].weight @ layer.lora_A["new"].weight.T
             expected += (psi[task][index] * product).square().sum().item()
     assert tuner.orthogonality_penalty().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_psi_a_layer_comes_back_from_a_folder(tmp_path: Path) -> None:
+    model = trained_chain(attribution=quick(granularity="layer"))
+    psi = update_coefficients(model, probe(model)).soft_coefficients
+    penalty = model.base_model.orthogonality_penalty()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = load_chain(tiny("llama"), tmp_path)
+    assert loaded.base_model.soft_coefficients == psi
+    torch.testing.assert_close(loaded.base_model.orthogonality_penalty(), penalty)
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    config["soft_coefficients"]["one"].pop()  # not one a layer
+    (tmp_path / "new" / "adapter_config.json").write_text(json.dumps(config))
+    assert set(load_chain(tiny("llama"), tmp_path).base_model.soft_coefficients.values()) == {1.0}
 
 
 def test_clipping_keeps_psi_in_range() -> None:
