@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 from tests.hub.server import TOKEN, Hub
 
@@ -25,5 +26,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # made when it was imported
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # kept once it was made
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
