@@ -6,6 +6,7 @@ PIP_FLAGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 SPEED_ARGS ?=
+COMPAT_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,7 +14,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.peft-aso-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-slow test-optional demo speed clean
+.PHONY: help env lint test test-slow test-optional compat demo speed clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -51,6 +52,9 @@ test-optional: ## the tests with bitsandbytes, torchao and DeepSpeed, in an envi
 	DS_BUILD_OPS=0 $(OPTIONAL_PIP) --no-build-isolation --editable ".[deepspeed]"  # its build imports torch
 	HF_HUB_OFFLINE=1 PATH="$(CURDIR)/.venv-optional/bin:$$PATH" $(OPTIONAL) -m pytest -q tests/test_quantized.py \
 	  tests/training/test_distributed.py $(PYTEST_ARGS)
+
+compat: ## the fast tests with oldest and newest versions, Python 3.10 to 3.14 where they are here (gigabytes, an hour)
+	$(PYTHON) tests/compat.py $(COMPAT_ARGS)
 
 demo: env ## four tasks in sequence on SmolLM2-135M; DEMO_ARGS="--data FOLDER --model NAME" changes what runs
 	$(PY) examples/quickstart.py --out runs/demo $(DEMO_ARGS)
