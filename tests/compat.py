@@ -28,7 +28,7 @@ NEWEST = ["torch", "transformers", "peft", "accelerate", "trl"]
 ENVIRONMENTS: dict[str, tuple[str, list[str]]] = {
     "oldest": (
         "3.11",
-        ["torch==2.13.0", "transformers==5.20.0", "peft==0.21.0", "accelerate==1.14.0", "huggingface_hub==1.31.0",
+        ["torch==2.13.0", "transformers==5.20.0", "peft==0.21.2", "accelerate==1.14.0", "huggingface_hub==1.31.0",
          "trl==1.14.0"],
     ),
     "3.10": ("3.10", [*NEWEST[:1], "transformers<5.22", "peft", "accelerate", "trl"]),
