@@ -93,9 +93,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for table, name, weight in places:
             table[name] = weight
-        for hooked, key, hook, order in hooks:
-            hooked[key] = hook
-            _restore_order(hooked, order)
+        for hooked, before in hooks:
+            now = dict(hooked)
+            hooked.clear()  # theirs in their old places, and what came or went in between as it is now
+            hooked.update({key: hook for key, hook in before.items() if key in now or _is_fsdp(hook)} | now)
 
 
 def _sharded_places(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
@@ -105,18 +106,15 @@ def _sharded_places(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     return [(table, name, weight) for table, name, weight in weights if weight is not None and is_sharded(weight)]
 
 
-def _take_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, Any, list[int]]]:
-    """Take FSDP's own hooks out, which would gather and free the weights."""
-    found = []
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            order = list(hooks)
-            ours = [(key, hook) for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(_FSDP)]
-            found += [(hooks, key, hooks.pop(key), order) for key, _ in ours]
+def _take_hooks(model: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:
+    """Take FSDP's own hooks out, which would gather and free the weights; each table with what it held before."""
+    tables = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    found = [(hooks, dict(hooks)) for hooks in tables if any(map(_is_fsdp, hooks.values()))]
+    for hooks, before in found:
+        for key in [key for key, hook in before.items() if _is_fsdp(hook)]:
+            del hooks[key]
     return found
 
 
-def _restore_order(hooks: dict[int, Any], order: list[int]) -> None:
-    for key in order:
-        if key in hooks:
-            hooks[key] = hooks.pop(key)
+def _is_fsdp(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(_FSDP)

@@ -77,6 +77,10 @@ def test_hooks_of_others_stay_and_keep_their_order(group: None) -> None:
     with gathered(model):
         model[0](torch.zeros(1, 4))
     assert seen == ["first", "last"] and list(model[0]._forward_pre_hooks) == order
+    with gathered(model):
+        came = model[0].register_forward_pre_hook(lambda *_: None)
+        del model[0]._forward_pre_hooks[order[0]]
+    assert list(model[0]._forward_pre_hooks) == [*order[1:], came.id], "what came or went inside stays so"
 
 
 def test_rows_of_sharded_matrices_have_their_gradient_in_the_shard(group: None) -> None:

@@ -77,8 +77,5 @@ def restore_coefficients(model: Any, folder: str | Path) -> bool:
     if not tuner.history or not saved.soft_coefficients:
         return False
     own.attribution_layout = saved.attribution_layout
-    per_layer = any(isinstance(value, list) for value in saved.soft_coefficients.values())
-    tuner.set_soft_coefficients(
-        saved.soft_coefficients, layers_of_modules(tuner, own) if per_layer else None, saved.similarities
-    )
+    tuner.set_soft_coefficients(saved.soft_coefficients, layers_of_modules(tuner, own), saved.similarities)
     return True

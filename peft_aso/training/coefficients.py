@@ -120,8 +120,7 @@ def agree(tuner: ASOLoraModel) -> None:
     """All processes take the first one's psi and w of the current task: theirs may differ in the last digits."""
     config = tuner.peft_config[tuner.current_task]
     found = broadcast_object_list([tuner.soft_coefficients, config.similarities])
-    per_layer = any(isinstance(value, list) for value in found[0].values())
-    tuner.set_soft_coefficients(found[0], layers_of_modules(tuner, config) if per_layer else None, found[1])
+    tuner.set_soft_coefficients(found[0], layers_of_modules(tuner, config), found[1])
 
 
 def require_tuner(model: nn.Module) -> ASOLoraModel:
@@ -300,7 +299,7 @@ def _check_count(stored: int, current: int) -> None:
 
 
 def layers_of_modules(tuner: ASOLoraModel, config: Any) -> dict[str, int] | None:
-    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` with one psi a task."""
-    if config.attribution.granularity == "task":
-        return None
+    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` where psi is a number a task."""
+    if config.attribution.granularity == "task" or not config.attribution_layout:
+        return None  # without a layout nothing has been compared: psi is 1
     return layers_of_blocks(tuner.lora_layers(), [entry[0] for entry in config.attribution_layout])

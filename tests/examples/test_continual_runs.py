@@ -235,6 +235,16 @@ def test_several_runs_from_a_file(
             module.lines_of(wrong, [])
 
 
+def test_runs_beside_each_other_share_the_cores(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = benchmark("several").environment
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment(2)["OMP_NUM_THREADS"] == "4" and environment(20)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in environment(1), "a run alone has them all"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment(2)["OMP_NUM_THREADS"] == environment(1)["OMP_NUM_THREADS"] == "3", "the user's own word counts"
+
+
 def test_the_plans_can_be_parsed(benchmark: Any) -> None:
     module, parse = benchmark("several"), benchmark("settings").parse
     plans = sorted(Path(module.__file__).with_name("plans").glob("*.txt"))
