@@ -68,7 +68,7 @@ def by_stage(measure: str) -> Callable[[list[Run], str], list[Row]]:
                 elif measure == "FWT" and stage and alone:
                     value = forward_transfer(matrix, alone, stage=stage)
                 if not math.isnan(value):
-                    rows.append({"run": _name(run), "stage": stage + 1, "task": task, measure: value})
+                    rows.append({"run": _name(run, runs), "stage": stage + 1, "task": task, measure: value})
         return rows
 
     return rows_of
@@ -83,7 +83,7 @@ def losses(runs: list[Run], way: str) -> list[Row]:
             for entry in stage["log"]:
                 step += 1
                 loss = entry.get("task_loss", entry["loss"])
-                rows.append({"run": _name(run), "step": step, "task": stage["task"], "loss": loss})
+                rows.append({"run": _name(run, runs), "step": step, "task": stage["task"], "loss": loss})
     return rows
 
 
@@ -99,10 +99,8 @@ def coefficients(kind: str) -> Callable[[list[Run], str], list[Row]]:
                     found = {name: value for name, value in entry.items() if name.startswith(f"{kind}/")}
                     if found and found != before:
                         before = found
-                        rows += [
-                            {"run": _name(run), "task": stage["task"], "earlier": name.split("/", 1)[1], kind: value}
-                            for name, value in found.items()
-                        ]
+                        start = {"run": _name(run, runs), "task": stage["task"]}
+                        rows += [{**start, "earlier": key.split("/", 1)[1], kind: w} for key, w in found.items()]
         return rows
 
     return rows_of
@@ -111,7 +109,7 @@ def coefficients(kind: str) -> Callable[[list[Run], str], list[Row]]:
 def layers(runs: list[Run], way: str) -> list[Row]:
     """psi of each layer at a task's end, where there is one a layer."""
     return [
-        {"run": _name(run), "task": stage["task"], "earlier": earlier, "layer": layer, "psi": value}
+        {"run": _name(run, runs), "task": stage["task"], "earlier": earlier, "layer": layer, "psi": value}
         for run in runs
         for stage in run.results["stages"]
         for earlier, values in stage.get("psi", {}).items()
@@ -123,15 +121,23 @@ def layers(runs: list[Run], way: str) -> list[Row]:
 def agreement(runs: list[Run], way: str) -> list[Row]:
     """How alike the tasks' outputs are after the last stage (Figure 5), where the run has them."""
     return [
-        {"run": _name(run), "task": a, "other": b, "similarity": value}
+        {"run": _name(run, runs), "task": a, "other": b, "similarity": value}
         for run in runs
         for a, others in run.results["stages"][-1].get("outputs", {}).items()
         for b, value in others.items()
     ]
 
 
-def _name(run: Run) -> str:
-    return f"{run.label}, seed {run.settings['seed']}"
+def _name(run: Run, runs: list[Run]) -> str:
+    seeds = {each.settings["seed"] for each in runs}
+    return run.label if len(seeds) == 1 else f"{run.label}, seed {run.settings['seed']}"
+
+
+# what a column of the tables is called beside an axis
+_WORDS = {
+    "AA": "average accuracy, %", "FM": "forgetting, points (lower is better)", "FWT": "forward transfer, points",
+    "loss": "training loss", "similarity": "similarity w", "step": "step",
+}  # fmt: skip
 
 
 def _lines(axes: Any, rows: list[Row]) -> None:
@@ -140,7 +146,10 @@ def _lines(axes: Any, rows: list[Row]) -> None:
         own = [row for row in rows if row["run"] == name]
         values = [row[y] for row in own]
         axes.plot([row[x] for row in own], values, marker="o" if x == "stage" else "", markersize=4, label=name)
-    axes.set(xlabel="tasks learned" if x == "stage" else "step", ylabel=y)
+    if x == "stage":
+        tasks = dict(sorted((row["stage"], row["task"]) for row in rows))
+        axes.set_xticks(list(tasks), list(tasks.values()), rotation=30 if len(tasks) > 6 else 0)
+    axes.set(xlabel="after learning" if x == "stage" else "step", ylabel=_WORDS[y])
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize="small")
 
@@ -160,7 +169,7 @@ def _violins(axes: Any, rows: list[Row]) -> None:
         flat = [(place + shift, value) for place, values in enumerate(groups) for value in values]
         axes.scatter(*zip(*flat, strict=True), s=6, label=name)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axes.set(ylabel=f"{y} to earlier tasks")
+    axes.set(ylabel=f"{_WORDS.get(y, y)} to earlier tasks")
     axes.legend(fontsize="small")
 
 

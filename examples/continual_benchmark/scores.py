@@ -85,19 +85,22 @@ def summary(names: Sequence[str], stages: Sequence[Correct], alone: Correct | No
 
 
 def difference(
-    ours: dict[str, Any], theirs: dict[str, Any], way: str, measure: str = "AA"
+    ours: dict[str, Any], theirs: dict[str, Any], way: str, measure: str = "AA", after: int | None = None
 ) -> tuple[float, list[float]]:
     """How much more of `measure` the first of two runs has, and the paired 95% interval of that.
+
+    Args:
+        after: as it stood after so many tasks; all of them if left out.
 
     Raises:
         ValueError: runs with other tasks or other test examples.
     """
-    pair = [[stage["correct"] for stage in each["stages"]] for each in (ours, theirs)]
+    pair = [[stage["correct"] for stage in each["stages"][:after]] for each in (ours, theirs)]
     sizes = [{name: len(ways[way]) for right in stages for name, ways in right.items()} for stages in pair]
     if sizes[0] != sizes[1]:
         raise ValueError("these two runs were not tested on the same examples")
     measured: list[Callable[[Draw | None], float]] = [
-        lambda draw, names=each["tasks"], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
+        lambda draw, names=each["tasks"][:after], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
             matrix_of(names, stages, way, draw), None if alone is None else alone_of(names, alone, way, draw)
         )[measure]
         for each, stages in zip((ours, theirs), pair, strict=True)

@@ -32,7 +32,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=["orders", "tasks", "measures"], default="orders",
         help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), or AA, FM, BWT and FWT of each run")  # fmt: skip
     add("--way", choices=["generate", "options"], default="generate", help="how answers were scored")
-    add("--against", metavar="METHOD", help="instead: difference in AA to this method, paired 95%% intervals")
+    add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
+    add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against: difference in this")
+    add("--after", metavar="N", type=int, help="with --against: as it stood after N tasks, instead of after all")
     add("--paper", choices=sorted(AVERAGE_ACCURACY), help="the paper's numbers for this model beside ours")
     add("--latex", action="store_true", help="LaTeX instead of Markdown")
     return parser.parse_args(arguments)
@@ -45,7 +47,7 @@ def table(options: argparse.Namespace) -> str:
         raise SystemExit(f"No run there was scored by --way {options.way}.")
     comparable(runs)
     if options.against:
-        rows = by_difference(runs, options.way, options.against)
+        rows = by_difference(runs, options)
     elif options.shape == "tasks":
         rows = by_task(runs, options.way, options.paper)
     elif options.shape == "measures":
@@ -99,25 +101,38 @@ def by_measure(runs: list[Run], way: str) -> Rows:
     return rows
 
 
-def by_difference(runs: list[Run], way: str, method: str) -> Rows:
-    """AA less that of `method` on the same order and seed, on the same test examples."""
-    rows = [["", "order", "seed", "difference in AA"]]
+def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
+    """One measure less that of another method on the same order and seed, on the same test examples.
+
+    Raises:
+        SystemExit: nothing to compare, or fewer tasks than asked for.
+    """
+    after = "" if options.after is None else f" after {options.after} task{'s' * (options.after != 1)}"
+    rows = [["", "order", "seed", f"difference in {options.measure}{after}"]]
     for run in runs:
-        peers = [
-            other
-            for other in runs
-            if other.settings["method"] == method
-            and (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
-        ]
+        peers = [other for other in runs if other.settings["method"] == options.against and _same_place(run, other)]
         for peer in peers:
             if peer is not run:
-                gap, between = difference(run.results, peer.results, way)
                 beside = f" to {peer.label}" if len(peers) > 1 else ""
-                cell = _between(gap, between, "+") + beside
+                cell = _difference(run, peer, options) + beside
                 rows.append([run.label, run.order, str(run.settings["seed"]), cell])
     if len(rows) == 1:
-        raise SystemExit(f"--against {method}: no run of it on the same order and seed as another.")
+        raise SystemExit(f"--against {options.against}: no run of it on the same order and seed as another.")
     return rows
+
+
+def _same_place(run: Run, other: Run) -> bool:
+    return (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
+
+
+def _difference(run: Run, peer: Run, options: argparse.Namespace) -> str:
+    stages = len(run.results["stages"])
+    if options.after is not None and not 1 <= options.after <= stages:
+        raise SystemExit(f"--after {options.after}: {run.path} has {stages} tasks.")
+    known = all(options.measure in each.results["summary"][options.way] for each in (run, peer))
+    if not known or (options.after == 1 and options.measure != "AA"):
+        return "-"  # FM and BWT are of two tasks and more, FWT needs each task learned alone
+    return _between(*difference(run.results, peer.results, options.way, options.measure, options.after), "+")
 
 
 def spread(values: list[Any]) -> str:

@@ -46,8 +46,15 @@ def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
     against = rows("--against", "inc_lora")
     assert {(row[0], row[2]) for row in against[2:]} == {("ASO-LoRA", "0"), ("O-LoRA", "0")}
     assert module.table(module.parse([str(finished), "--latex"])).startswith(r"\begin{tabular}{lcc}")
+    assert rows("--against", "inc_lora", "--after", "2")[2:] == against[2:]
+    first = rows("--against", "inc_lora", "--after", "1")
+    assert first[0][3] == "difference in AA after 1 task" and {row[3] for row in first[2:]} == {"+0.0 (+0.0 to +0.0)"}
+    assert {row[3] for row in rows("--against", "inc_lora", "--after", "1", "--measure", "FM")[2:]} == {"-"}
+    assert all(row[3] != "-" for row in rows("--against", "inc_lora", "--measure", "FM")[2:])
     with pytest.raises(SystemExit, match="no run of it"):
         rows("--against", "osf")
+    with pytest.raises(SystemExit, match="has 2 tasks"):
+        rows("--against", "inc_lora", "--after", "3")
 
 
 def test_the_papers_numbers_stand_beside_ours(benchmark: Any, finished: Path) -> None:
@@ -93,6 +100,9 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert 50 <= low < 62.5 < high <= 100
     run = {"tasks": ["a", "b"], "stages": [{"correct": each} for each in stages], "alone": alone}
     assert scores.difference(run, run, "generate") == (0.0, [0.0, 0.0])
+    other = {**run, "stages": [{"correct": {"a": {"generate": [True, True, False, False]}}}, {"correct": stages[1]}]}
+    assert scores.difference(run, other, "generate", after=1)[0] == 25.0
+    assert scores.difference(run, other, "generate", "FM")[0] == 25.0
     better = [stages[0], {**stages[1], "a": {"generate": [True, True, False, False]}}]
     gap, (low, high) = scores.difference({**run, "stages": [{"correct": e} for e in better]}, run, "generate")
     assert gap == 12.5 and 0 <= low < 12.5 < high
