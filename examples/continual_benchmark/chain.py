@@ -32,7 +32,13 @@ def run(settings: Settings) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
     names = order_of(settings.order)
     tasks = read_tasks(names, settings)
-    folder = RunFolder(folder_of(settings, short(names)), settings.chosen())
+    with RunFolder(folder_of(settings, short(names)), settings.chosen()) as folder:
+        results = _run(tasks, settings, folder)
+    return {**results, "folder": str(folder.path)}
+
+
+def _run(tasks: list[Task], settings: Settings, folder: RunFolder) -> dict[str, Any]:
+    names = [task.name for task in tasks]
     load = functools.cache(functools.partial(_load, settings.model))
     kind = METHODS[settings.method]
     if kind.alone:
@@ -50,7 +56,7 @@ def run(settings: Settings) -> dict[str, Any]:
         reference = {name: each["correct"] for name, each in learn_alone(tasks, settings, load).items()}
     results = {
         "title": kind.title,
-        "tasks": list(names),
+        "tasks": names,
         "settings": settings.chosen(),
         "stages": stages,
         "alone": reference,
@@ -58,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "summary": summary(names, [stage["correct"] for stage in stages], reference),
     }
     folder.finish(results)
-    return {**results, "folder": str(folder.path)}
+    return results
 
 
 def _load(name: str) -> tuple[Any, Any]:

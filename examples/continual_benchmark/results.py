@@ -9,20 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .settings import Settings
 
 Correct = dict[str, dict[str, list[bool]]]  # task, way of scoring, test example
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run, this process's alone until the end of a `with`.
 
     Raises:
-        SystemExit: it holds a run of other settings, which is left as it is.
+        SystemExit: another process is at this run, or the folder holds a run of other settings, which is left as it
+            is.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise SystemExit(f"{path}: another process is at this run. Wait for it, or give --name.") from None
         file = path / "settings.json"
         if file.is_file():
             there = json.loads(file.read_text(encoding="utf-8"))
@@ -31,12 +40,18 @@ class RunFolder:
                 changes = ", ".join(
                     f"{name} {there.get(name)!r}, not {settings.get(name)!r}" for name in sorted(other)
                 )
+                self._lock.release()
                 raise SystemExit(
                     f"{path} holds a run of other settings ({changes}). It stays as it is: give this run a folder of "
                     "its own with --name, or move that one away."
                 )
-        path.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def stages(self) -> list[dict[str, Any]]:
         """What the finished stages came to, in order."""

@@ -133,6 +133,16 @@ def test_a_folder_of_other_settings_is_refused(
     assert again["stages"] == before["stages"], "a finished run is not run again"
 
 
+def test_two_processes_at_one_run_are_refused(benchmark: Any, tmp_path: Path) -> None:
+    results = benchmark("results")
+    with results.RunFolder(tmp_path, {"seed": 0}), pytest.raises(SystemExit, match="another process.*--name"):
+        results.RunFolder(tmp_path, {"seed": 0})
+    with pytest.raises(SystemExit, match="other settings"):
+        results.RunFolder(tmp_path, {"seed": 1})
+    with results.RunFolder(tmp_path, {"seed": 0}) as again:  # neither of them holds it
+        assert again.stages() == []
+
+
 def test_the_first_stage_is_shared_where_it_is_the_same(
     benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
