@@ -20,6 +20,7 @@ from .training import (
     ASOTrainerMixin,
     Coefficients,
     compute_attribution,
+    initialize_from_inputs,
     update_coefficients,
 )
 from .tuner import ASOLoraConfig, ASOLoraModel, AttributionConfig, HistoryError, MissingHistoryError
@@ -51,6 +52,7 @@ __all__ = [
     "compute_attribution",
     "export_lora",
     "export_merged",
+    "initialize_from_inputs",
     "load_chain",
     "load_history",
     "metrics",

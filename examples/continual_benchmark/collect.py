@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .orders import short
+from .settings import completed
 
 # two runs that differ in these alone are the same thing, and stand in one row
 _FREE = ("seed", "order")
@@ -55,6 +56,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     for path in paths:
         results = json.loads(path.read_text(encoding="utf-8"))
         if "summary" in results and "stages" in results:
+            results["settings"] = completed(results["settings"])
             found.append(Run(path.parent, results, results["title"], short(results["tasks"])))
     for run in found:
         run.label = _label(run, found)

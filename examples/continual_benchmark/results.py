@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .settings import Settings
+from .settings import Settings, completed
 
 Correct = dict[str, dict[str, list[bool]]]  # task, way of scoring, test example
 
@@ -34,7 +34,7 @@ class RunFolder:
             raise SystemExit(f"{path}: another process is at this run. Wait for it, or give --name.") from None
         file = path / "settings.json"
         if file.is_file():
-            there = json.loads(file.read_text(encoding="utf-8"))
+            there = completed(json.loads(file.read_text(encoding="utf-8")))
             other = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
             if other:
                 changes = ", ".join(

@@ -79,6 +79,7 @@ class Settings:
         "ASO-LoRA",
         choices=("default", "projected", "inputs", "inputs_hard", "inputs_soft"),
     )
+    fixed_a: bool = _option(False, "A does not train, only B; there is no penalty then", "ASO-LoRA")
     diagnose: bool = _option(False, "log the size of the penalty's gradient at each step", "ASO-LoRA")
     penalty: str = _option(
         "squared", "form of the orthogonality penalty (Eq. 7)", "ASO-LoRA", choices=("squared", "l1")
@@ -127,6 +128,8 @@ class Settings:
             if len(self.penalty_weight) != len(order_of(self.order)):
                 raise SystemExit("--penalty-weight: give one number, or as many as the order has tasks.")
 
+        if self.fixed_a and any(self.penalty_weight or ()):
+            raise SystemExit("--fixed-a leaves nothing for a penalty to push: leave --penalty-weight out.")
         if self.init == "inputs_soft" and (self.method in ("o_lora", "inc_lora") or self.similarity == "none"):
             raise SystemExit("--init inputs_soft needs psi: --method aso_lora, if need be with --penalty-weight 0.")
 
@@ -138,6 +141,11 @@ class Settings:
         """What a task learned alone depends on, beside the task."""
         kind = METHODS[self.method].scope_of(self)
         return {"scope": kind, **{name: value for name, value in as_json(self).items() if name in _ALONE}}
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were written down, with the defaults of those that there were not yet."""
+    return {**Settings().chosen(), **saved}
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

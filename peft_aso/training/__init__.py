@@ -2,6 +2,7 @@
 
 from .attribution import compute_attribution
 from .coefficients import Coefficients, update_coefficients
+from .inputs import initialize_from_inputs
 from .trainer import ASOSeq2SeqTrainer, ASOTrainer, ASOTrainerMixin
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "ASOTrainerMixin",
     "Coefficients",
     "compute_attribution",
+    "initialize_from_inputs",
     "update_coefficients",
 ]

@@ -299,7 +299,7 @@ def _check_count(stored: int, current: int) -> None:
 
 
 def layers_of_modules(tuner: ASOLoraModel, config: Any) -> dict[str, int] | None:
-    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` where psi is a number a task."""
+    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` where psi is one number."""
     if config.attribution.granularity == "task" or not config.attribution_layout:
         return None  # without a layout nothing has been compared: psi is 1
     return layers_of_blocks(tuner.lora_layers(), [entry[0] for entry in config.attribution_layout])

@@ -16,6 +16,8 @@ from ..tuner import ASOLoraModel
 from .callback import ASOCallback
 from .checkpoint import check_checkpoint, restore_coefficients, save_current_task
 from .coefficients import require_tuner
+from .inputs import INPUT_EXAMPLES, initialize_from_inputs, is_untrained
+from .probe import choose_probe
 from .trained import TrainedOnlyMixin
 
 
@@ -152,11 +154,22 @@ class ASOTrainerMixin(TrainedOnlyMixin):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. A task with `project_init="inputs"` that has not been trained yet gets its A first."""
         check_trainable(self.tuner)
         self._forget_notes()
-        return super().train(*args, **kwargs)
+        if not resume_from_checkpoint:
+            self._start_from_inputs()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _start_from_inputs(self) -> None:
+        """Before anything is wrapped: A of all processes is then the first one's, and whole."""
+        tuner, args = self.tuner, self.args  # type: ignore[attr-defined]
+        if tuner.peft_config[tuner.current_task].project_init != "inputs" or not is_untrained(tuner):
+            return
+        seed = args.seed if args.data_seed is None else args.data_seed
+        probe = choose_probe(self.get_train_dataloader(), INPUT_EXAMPLES, seed)  # type: ignore[attr-defined]
+        initialize_from_inputs(self.model, probe, progress=not args.disable_tqdm)  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint holds the current task: the history does not change and is not written again."""

@@ -51,10 +51,10 @@ class ActiveTask(LoraModel):
         return [module for _, module in modules_outside(self.model) if isinstance(module, kinds)]
 
     def _freeze_history(self) -> None:
-        frozen = list(self.tasks.frozen)
-        for module in self._wrappers() if frozen else ():
+        frozen, fixed = list(self.tasks.frozen), self.tasks.fixed
+        for module in self._wrappers() if frozen or fixed else ():
             if isinstance(module, LoraLayer):
-                module._freeze_non_trainable_peft_weights(frozen)
+                module._freeze_non_trainable_peft_weights([*frozen, *fixed])
             else:
                 module.set_requires_grad(frozen, False)
 

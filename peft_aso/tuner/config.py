@@ -19,9 +19,9 @@ PEFT_TYPE_NAME = "ASO_LORA"
 DEFAULT_PENALTY_WEIGHT = {"squared": 0.5, "l1": 0.5}
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known. Choose one of: {', '.join(choices)}.")
+def _check_choice(name: str, value: object, choices: tuple[str | bool, ...]) -> None:
+    if not any(value is each or (isinstance(each, str) and value == each) for each in choices):
+        raise ValueError(f"{name}={value!r} is not known. Choose one of: {', '.join(map(str, choices))}.")
 
 
 def _is_number(value: object) -> bool:
@@ -167,8 +167,14 @@ class ASOLoraConfig(LoraConfig):
             lambda of Eq. 7 for this task; 0 is IncLoRA. `None`: the default of the form.
         l2_weight (`float`):
             Weight of the sum of the norms of this adapter's matrices (lambda_2 of O-LoRA).
-        project_init (`bool`):
-            Project the first values of A out of the span of the history's A, so that the penalty starts at 0.
+        project_init (`bool` or `"inputs"`):
+            Start A outside of the span of the history's A, so that the penalty starts at 0: PEFT's random values,
+            projected (`True`), or the leading directions that the task's own inputs have out there (`"inputs"`, which
+            `ASOTrainer` finds before the first step and `initialize_from_inputs` in a loop of your own).
+        train_a (`bool`):
+            Whether A trains. `False`: it stays as it starts, and B alone is trained. There is nothing for the penalty
+            to push then, and its weight is 0. With `project_init="inputs"` the task keeps out of the history's span
+            however it trains (docs/results.md says what that is worth).
         attribution (`AttributionConfig`):
             How w and psi are found.
         attribution_layout (`list`, *optional*):
@@ -192,7 +198,8 @@ class ASOLoraConfig(LoraConfig):
     penalty: Literal["squared", "l1"] = "squared"
     penalty_weight: float | None = None
     l2_weight: float = 0.0
-    project_init: bool = False
+    project_init: bool | Literal["inputs"] = False
+    train_a: bool = True
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     attribution_layout: list[Any] | None = None
     soft_coefficients: dict[str, Any] | None = None
@@ -211,8 +218,19 @@ class ASOLoraConfig(LoraConfig):
         _check_choice("penalty", self.penalty, tuple(DEFAULT_PENALTY_WEIGHT))
         if self.task_name is not None and (not isinstance(self.task_name, str) or not self.task_name):
             raise TypeError(f"task_name={self.task_name!r}: give the task's name, or None for the adapter's.")
+        _check_choice("project_init", self.project_init, (False, True, "inputs"))
+        if self.project_init == "inputs" and self.init_lora_weights not in (True, "gaussian"):
+            raise ValueError(
+                f"project_init='inputs' starts A itself and needs B to start at 0, and init_lora_weights="
+                f"{self.init_lora_weights!r} does otherwise. Leave one of the two out."
+            )
         if self.penalty_weight is not None:
             _check_weight("penalty_weight", self.penalty_weight)
+            if self.penalty_weight > 0 and not self.train_a:
+                raise ValueError(
+                    f"penalty_weight={self.penalty_weight} pushes A, and with train_a=False A does not move. Leave "
+                    "one of the two out."
+                )
         _check_weight("l2_weight", self.l2_weight)
         if self.history is not None:
             is_list = isinstance(self.history, (list, tuple))
@@ -224,7 +242,9 @@ class ASOLoraConfig(LoraConfig):
 
     @property
     def resolved_penalty_weight(self) -> float:
-        """lambda of Eq. 7: `penalty_weight`, or the default of the form where that is None."""
+        """lambda of Eq. 7: `penalty_weight`, or the default of the form where that is None; 0 where A is fixed."""
+        if not self.train_a:
+            return 0.0
         return DEFAULT_PENALTY_WEIGHT[self.penalty] if self.penalty_weight is None else self.penalty_weight
 
     @property

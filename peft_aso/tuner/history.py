@@ -30,6 +30,8 @@ class TaskHistory:
             in it.
         frozen (`frozenset[str]`):
             Adapters that are in some adapter's history: they never train.
+        fixed (`frozenset[str]`):
+            Adapters whose A does not train.
         isolated (`frozenset[str]`):
             Adapters whose history is left out of the forward pass while they train.
         forms (`dict[str, str]`):
@@ -50,6 +52,7 @@ class TaskHistory:
         self.histories: dict[str, tuple[str, ...]] = {}
         self.missing: dict[str, tuple[str, ...]] = {}
         self.frozen: frozenset[str] = frozenset()
+        self.fixed: frozenset[str] = frozenset()
         self.isolated: frozenset[str] = frozenset()
         self.forms: dict[str, str] = {}
         self.chains: dict[str, str | None] = {}
@@ -78,6 +81,7 @@ class TaskHistory:
         if histories != self.histories:  # else the same object: what was made from it still holds
             self.histories = histories
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
+        self.fixed = frozenset(name for name, config in configs.items() if not config.train_a)
         self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
         self.forms = {name: config.history_form for name, config in configs.items()}
         self.chains = {name: config.chain for name, config in configs.items()}

@@ -11,6 +11,7 @@ from torch import nn
 
 from .kept import tensor_state
 
+_DOWN = ("lora_A", "lora_embedding_A")
 UNSUPPORTED_LAYERS = (MultiheadAttention, ParamWrapper)
 
 
@@ -31,17 +32,21 @@ def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         to_visit += [(prefix + part, child) for part, child in reversed(parts.items()) if child is not None]
 
 
-def freeze_names(layer: LoraLayer, frozen: Collection[str], before: Collection[str]) -> None:
-    """Declare the weights of the adapters in `frozen` as frozen, through PEFT's own door.
+def freeze_names(
+    layer: LoraLayer, frozen: Collection[str], before: Collection[str], fixed: Collection[str] = ()
+) -> None:
+    """Declare the weights of the adapters in `frozen` as frozen, and A of those in `fixed`, through PEFT's own door.
 
     Args:
         layer: a layer to which the history is attached.
         frozen: adapters that never train.
         before: those for which this was called the last time; what PEFT's own variants declared about an
             adapter that is in `before` only holds again.
+        fixed: adapters of which B alone trains.
     """
     names: dict[str, tuple[str, ...]] = layer.frozen_peft_weight_names
     own = layer.declared_frozen | {name: parts for name, parts in names.items() if name not in before}
+    own |= {name: tuple(dict.fromkeys((*own.get(name, ()), *_DOWN))) for name in fixed}
     layer.declared_frozen = {name: parts for name, parts in own.items() if name in layer.scaling}
     layer.frozen_peft_weight_names = layer.declared_frozen | dict.fromkeys(frozen, layer.adapter_layer_names)
 

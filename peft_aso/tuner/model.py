@@ -207,7 +207,7 @@ class ASOLoraModel(PenalisedTask):
         self.tasks.refresh(self.peft_config)
         for layer in self.lora_layers().values():
             attach_history(layer, self.tasks)
-            freeze_names(layer, self.tasks.frozen, before)
+            freeze_names(layer, self.tasks.frozen, before, self.tasks.fixed)
         self._groups.clear()
         self._freeze_history()
 

@@ -15,7 +15,7 @@ one form only, and loses the small values of nearly orthogonal rows to cancellat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,14 +281,34 @@ def project_out(matrix: torch.Tensor, history: Sequence[torch.Tensor]) -> torch.
     Raises:
         ValueError: the history's rows span the whole input space, so that nothing is left.
     """
-    rows = torch.cat([part.detach() for part in history]).double()
-    _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
-    keep = singular > singular.max() * max(rows.shape) * torch.finfo(torch.float32).eps
-    if int(keep.sum()) >= matrix.shape[1]:
+    return outside(exact(matrix), [(span(history), 1.0)]).to(matrix)
+
+
+def span(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An orthonormal basis `(k, in)`, float64, of what the rows of matrices `(r_t, in)` span.
+
+    Raises:
+        ValueError: they span the whole input space, so that nothing is left.
+    """
+    together = exact(torch.cat([part.detach() for part in rows]))
+    _, singular, basis = torch.linalg.svd(together, full_matrices=False)
+    keep = singular > singular.max() * max(together.shape) * torch.finfo(torch.float32).eps
+    if int(keep.sum()) >= together.shape[1]:
         raise ValueError(
-            f"project_init: the history's rows span all {matrix.shape[1]} input dimensions of a module; "
+            f"project_init: the history's rows span all {together.shape[1]} input dimensions of a module; "
             "nothing is left for a new task. Use smaller ranks, or leave project_init off."
         )
-    basis = basis[keep]
-    source = matrix.detach().double()
-    return (source - source @ basis.T @ basis).to(matrix.dtype)
+    return basis[keep]
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in float64, on the CPU where the device has no such numbers."""
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
+def outside(rows: torch.Tensor, spans: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """`rows` `(n, in)` without a part, from 0 to 1, of what lies in each span: x - p Q^T Q x, one after the other."""
+    for basis, part in spans:
+        basis = basis.to(rows)
+        rows = rows - part * (rows @ basis.T) @ basis
+    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,18 @@ from peft import get_peft_model
 from tasks import AnswerDataset, Task
 from transformers import DataCollatorForSeq2Seq, Trainer
 
-from peft_aso import ASOLoraConfig, ASOTrainerMixin, AttributionConfig, load_chain, save_chain
+from peft_aso import (
+    ASOLoraConfig,
+    ASOTrainerMixin,
+    AttributionConfig,
+    initialize_from_inputs,
+    load_chain,
+    save_chain,
+    update_coefficients,
+)
 
 from ..parts import InPartsMixin
 from .base import Method
-from .directions import start_from_inputs
 from .gradients import PenaltyGradient
 
 # examples from which input directions are taken
@@ -35,7 +43,8 @@ class ASOLoRA(Method):
     def first_stage(cls, settings: Any) -> dict[str, Any]:
         """A first task has no history: how A starts and which vectors are kept is all that matters."""
         vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
-        return {"adapters": settings.init.split("_")[0].replace("projected", "default"), "vectors": vectors}
+        start = settings.init.split("_")[0].replace("projected", "default")
+        return {"adapters": start, "vectors": vectors, **({"fixed_a": True} if settings.fixed_a else {})}
 
     def config(self, index: int) -> ASOLoraConfig:
         """The settings of task number `index`."""
@@ -47,7 +56,8 @@ class ASOLoRA(Method):
             penalty=chosen.penalty,
             penalty_weight=None if weights is None else weights[index if len(weights) > 1 else 0],
             l2_weight=chosen.l2_weight,
-            project_init=chosen.init == "projected",
+            project_init=_STARTS.get(chosen.init, False),
+            train_a=not chosen.fixed_a,
             attribution=AttributionConfig(
                 steps=chosen.steps,
                 quadrature=chosen.quadrature,
@@ -69,8 +79,16 @@ class ASOLoRA(Method):
         else:
             self.model.add_adapter(task.name, self.config(index))
             self.model.set_adapter(task.name)
-        if self.settings.init.startswith("inputs"):
-            start_from_inputs(self.model, self.few_batches(task), self.settings.init.removeprefix("inputs").strip("_"))
+        if self.settings.init in ("inputs", "inputs_soft"):
+            self.start_from_inputs(task)
+
+    def start_from_inputs(self, task: Task) -> None:
+        """A in the directions of the task's inputs: as they are, or so far out of the history's span as psi says."""
+        batches, project = self.few_batches(task), dict.fromkeys(self.model.base_model.history, 0.0)
+        if self.settings.init == "inputs_soft" and project:
+            project = update_coefficients(self.model, batches[:1]).soft_coefficients
+            project = {name: statistics.mean(psi) if isinstance(psi, list) else psi for name, psi in project.items()}
+        initialize_from_inputs(self.model, batches, project=project)
 
     def few_batches(self, task: Task) -> list[dict[str, Any]]:
         """The first examples of a task, collated."""
@@ -94,6 +112,7 @@ class ASOLoRA(Method):
         self.model = load_chain(self.model, folder / "chain")
 
 
+_STARTS = {"projected": True, "inputs_hard": "inputs"}
 _VECTORS = ("steps", "quadrature", "probe", "aggregation", "attribution_model", "source")
 _LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type")
 
