@@ -115,7 +115,8 @@ def _spans(layer: LoraLayer, tuner: ASOLoraModel, project: float | Mapping[str, 
 
 def _groups(layers: Mapping[str, LoraLayer]) -> Iterator[list[str]]:
     """Layers whose second moments are held at once, float64 `(in, in)` each."""
-    group, held = [], 0
+    group: list[str] = []
+    held = 0
     for name, layer in layers.items():
         size = 8 * layer.in_features**2
         if group and held + size > _HELD:

@@ -23,7 +23,7 @@ from peft_aso.tuner.history import (
 def task(history: list[str] | None = None, **settings: Any) -> Any:
     """A stand-in for a config: what this room reads of one."""
     defaults = {"task_name": None, "combined": False, "peft_aso_version": None, "chain": None}
-    defaults |= {"forward_history": "stacked", "history_form": "auto"}
+    defaults |= {"forward_history": "stacked", "history_form": "auto", "train_a": True}
     return SimpleNamespace(history=history, **{**defaults, **settings})
 
 
