@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from peft_aso import load_chain
 from tests.examples.tiny_tasks import TASKS, settings_of
 
 
@@ -145,16 +147,19 @@ def test_a_starts_out_of_the_historys_way(benchmark: Any, data: Path, saved: dic
         assert (max(float(each.abs().max()) for each in overlaps) < 1e-4) == exactly, init
 
 
-def test_what_soft_projection_leaves(benchmark: Any) -> None:
-    without = benchmark("methods.directions").without
-    inputs, rows = torch.randn(50, 6).double(), torch.randn(2, 6).double()
-    moment = inputs.T @ inputs
-    torch.testing.assert_close(without(moment, rows, 0.0), moment)
-    gone = without(moment, rows, 1.0)
-    assert float((gone @ rows.T).abs().max()) < 1e-9
-    projector = torch.linalg.pinv(rows) @ rows
-    half = inputs - 0.5 * inputs @ projector
-    torch.testing.assert_close(without(moment, rows, 0.5), half.T @ half)
+def test_a_fixed_a_stays_out_of_the_historys_way(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    changes = {"init": "inputs_hard", "fixed_a": True, "similarity": "none", "no_reference": True}
+    settings = settings_of(benchmark, data, saved["llama"], tmp_path, **changes)
+    chain = Path(benchmark("chain").run(settings)["folder"]) / "state_02/chain"
+    model = load_chain(AutoModelForCausalLM.from_pretrained(saved["llama"]), chain)
+    for layer in benchmark("methods.directions").layers_with(model, "signs").values():
+        new, old = layer.lora_A["signs"].weight, layer.lora_A["colors"].weight
+        assert (new @ old.T).abs().max() < 1e-5 and (new @ new.T - torch.eye(len(new))).abs().max() < 1e-5
+        assert layer.lora_B["signs"].weight.any()
+    with pytest.raises(SystemExit, match="nothing for a penalty to push"):
+        dataclasses.replace(settings, penalty_weight=(0.5,))
 
 
 def test_a_can_stay_and_the_penaltys_gradient_is_logged(
