@@ -134,12 +134,12 @@ def test_a_folder_of_other_settings_is_refused(
 
 
 def test_two_processes_at_one_run_are_refused(benchmark: Any, tmp_path: Path) -> None:
-    results = benchmark("results")
-    with results.RunFolder(tmp_path, {"seed": 0}), pytest.raises(SystemExit, match="another process.*--name"):
-        results.RunFolder(tmp_path, {"seed": 0})
+    results, chosen = benchmark("results"), benchmark("settings").Settings().chosen()
+    with results.RunFolder(tmp_path, chosen), pytest.raises(SystemExit, match="another process.*--name"):
+        results.RunFolder(tmp_path, chosen)
     with pytest.raises(SystemExit, match="other settings"):
-        results.RunFolder(tmp_path, {"seed": 1})
-    with results.RunFolder(tmp_path, {"seed": 0}) as again:  # neither of them holds it
+        results.RunFolder(tmp_path, {**chosen, "seed": 1})
+    with results.RunFolder(tmp_path, chosen) as again:  # neither of them holds it
         assert again.stages() == []
 
 
