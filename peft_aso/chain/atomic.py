@@ -50,7 +50,7 @@ def replaced_folder(folder: str | os.PathLike[str], without: Collection[str] = (
             os.chmod(stage, stat.S_IMODE(target.stat().st_mode))
             _sync(stage)
         _take_place(stage, target, without)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing half-written stays, and the error goes on
         shutil.rmtree(stage, ignore_errors=True)
         raise
     _sync(target.parent)
@@ -88,7 +88,7 @@ def _take_place(stage: Path, target: Path, without: Collection[str] = ()) -> Non
         os.rename(target, old)
         try:
             os.rename(stage, target)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the old folder is back in its place, and the error goes on
             os.rename(old, target)
             raise
     for entry in old.iterdir():  # written by somebody else while we were writing

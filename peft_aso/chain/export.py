@@ -143,7 +143,7 @@ def selected_adapters(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[
 
 def layers_of(tuner: ASOLoraModel, names: Sequence[str]) -> dict[str, LoraLayer]:
     """The layers on which one of the adapters has weights."""
-    layers = {name: layer for name, layer in tuner.lora_layers().items() if adapters_in(layer, names)}
+    layers = tuner.lora_layers(names)
     for name, layer in layers.items():
         groups = getattr(layer.get_base_layer(), "groups", 1)
         if isinstance(layer, UNSUPPORTED_LAYERS) or groups > 1:

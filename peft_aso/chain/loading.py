@@ -270,7 +270,7 @@ def _put_back_on_error(base: nn.Module, model: Any, name: str) -> Iterator[None]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C in a notebook too, where the model lives on
         if model is not None:
             if name in model.peft_config:
                 model.delete_adapter(name)

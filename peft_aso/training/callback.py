@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .coefficients import Coefficients, agree, require_tuner, store_attribution, update_coefficients
-from .probe import choose_probe
+from .probe import choose_probe, seed_of
 
 
 class ASOCallback(TrainerCallback):
@@ -33,8 +33,7 @@ class ASOCallback(TrainerCallback):
         tuner.note_sharding()
         settings = tuner.peft_config[tuner.current_task].attribution
         if settings.similarity != "none":
-            seed = args.seed if args.data_seed is None else args.data_seed
-            self._probe = choose_probe(loader, settings.probe_size, seed)
+            self._probe = choose_probe(loader, settings.probe_size, seed_of(args))
         if not self.restored:
             self._refresh(args, model)
         self.restored = False

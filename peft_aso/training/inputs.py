@@ -84,8 +84,7 @@ def initialize_from_inputs(
 def is_untrained(tuner: ASOLoraModel) -> bool:
     """Whether the current task's B is 0 everywhere, as PEFT starts it."""
     task = tuner.current_task
-    layers = [layer for layer in tuner.lora_layers().values() if adapters_in(layer, [task])]
-    return not any(bool(matrices_of(layer, task)[1].any()) for layer in layers)
+    return not any(bool(matrices_of(layer, task)[1].any()) for layer in tuner.lora_layers([task]).values())
 
 
 def _layers(tuner: ASOLoraModel, task: str) -> dict[str, LoraLayer]:
@@ -94,7 +93,7 @@ def _layers(tuner: ASOLoraModel, task: str) -> dict[str, LoraLayer]:
         raise ValueError(
             "The weights are sharded already: start A from the inputs before the model is wrapped (ASOTrainer does)."
         )
-    layers = {name: layer for name, layer in tuner.lora_layers().items() if adapters_in(layer, [task])}
+    layers = tuner.lora_layers([task])
     others = [name for name, layer in layers.items() if not isinstance(layer.lora_A._modules.get(task), nn.Linear)]
     if others:
         raise ValueError(

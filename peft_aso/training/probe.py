@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainingArguments
 
 # a batch of the probe; attribution splits it further by memory
 BATCH = 8
@@ -26,6 +27,11 @@ def _same_random_state() -> Iterator[None]:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+def seed_of(args: TrainingArguments) -> int:
+    """What decides about the order of the data in a Trainer with these settings."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from .callback import ASOCallback
 from .checkpoint import check_checkpoint, restore_coefficients, save_current_task
 from .coefficients import require_tuner
 from .inputs import INPUT_EXAMPLES, initialize_from_inputs, is_untrained
-from .probe import choose_probe
+from .probe import choose_probe, seed_of
 from .trained import TrainedOnlyMixin
 
 
@@ -167,8 +167,8 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         tuner, args = self.tuner, self.args  # type: ignore[attr-defined]
         if tuner.peft_config[tuner.current_task].project_init != "inputs" or not is_untrained(tuner):
             return
-        seed = args.seed if args.data_seed is None else args.data_seed
-        probe = choose_probe(self.get_train_dataloader(), INPUT_EXAMPLES, seed)  # type: ignore[attr-defined]
+        loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+        probe = choose_probe(loader, INPUT_EXAMPLES, seed_of(args))
         initialize_from_inputs(self.model, probe, progress=not args.disable_tqdm)  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -6,7 +6,7 @@ An adapter's name stands for "this task on top of its history" wherever PEFT tak
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from ..sharding import gathered, is_sharded, may_shard
 from .forms import fold_obstacle
 from .history import HistoryError, TaskHistory
-from .layer import modules_outside
+from .layer import adapters_in, modules_outside
 from .linear import HistoryLinear, clear_forms
 from .merging import Buffers
 
@@ -41,9 +41,10 @@ class ActiveTask(LoraModel):
 
     # ---- what is active, what trains ---------------------------------------------------------------------
 
-    def lora_layers(self) -> dict[str, LoraLayer]:
-        """Module name (as in the base model) -> LoRA layer, in the model's order."""
-        return {name: module for name, module in modules_outside(self.model) if isinstance(module, LoraLayer)}
+    def lora_layers(self, names: Collection[str] | None = None) -> dict[str, LoraLayer]:
+        """Module name (as in the base model) -> LoRA layer, in the model's order; with one of `names`, if given."""
+        layers = {name: module for name, module in modules_outside(self.model) if isinstance(module, LoraLayer)}
+        return layers if names is None else {name: each for name, each in layers.items() if adapters_in(each, names)}
 
     def _wrappers(self) -> list[Any]:
         """The modules that have an active adapter of their own: LoRA layers, copied heads."""

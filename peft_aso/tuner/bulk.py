@@ -124,7 +124,7 @@ def add_saved(
         for adapter in adapters:
             _fill(tuner, adapter, modules, autocast)
         tuner._sync_history()
-    except BaseException:
+    except BaseException:  # Ctrl-C in a notebook too, where the model lives on
         for name in reversed(new):
             tuner._take_out(name, trained)
         raise

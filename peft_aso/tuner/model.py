@@ -80,9 +80,9 @@ class ASOLoraModel(PenalisedTask):
                 check_layers(self.lora_layers(), task, history)
             self._sync_history()
             if config.project_init and config.peft_aso_version is None:
-                self._project_init(adapter_name)
+                self._project_init(adapter_name)  # with "inputs" as well: A is outside of the span until they are seen
                 self._unprojected.add(adapter_name)  # once more when its dtype is settled
-        except Exception:
+        except Exception:  # whatever PEFT raised half-way: the model is as before, and the error goes on
             self._take_out(adapter_name, trained)
             raise
         if config.peft_aso_version is not None:

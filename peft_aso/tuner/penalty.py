@@ -137,8 +137,7 @@ class PenalisedTask(ActiveTask):
             self._prepared_for(self.current_task)
 
     def _device_of(self, task: str) -> torch.device:
-        layers = (layer for layer in self.lora_layers().values() if adapters_in(layer, [task]))
-        return subspace_of(next(layers), task).device
+        return subspace_of(next(iter(self.lora_layers([task]).values())), task).device
 
     def check_shared_modules(self) -> None:
         """Raise `HistoryError` if a task of the history shares no module with the current task."""
@@ -154,7 +153,7 @@ class PenalisedTask(ActiveTask):
 
     def norm_penalty(self) -> torch.Tensor:
         """Sum of the norms of the current adapter's matrices: the term that `l2_weight` weighs."""
-        layers = [layer for layer in self.lora_layers().values() if adapters_in(layer, [self.current_task])]
+        layers = self.lora_layers([self.current_task]).values()
         return norm_penalty([whole(matrix) for layer in layers for matrix in matrices_of(layer, self.current_task)])
 
     def _prepared_for(self, task: str) -> tuple[_Prepared, Rows]:
@@ -175,7 +174,7 @@ class PenalisedTask(ActiveTask):
     def _prepare(self, task: str) -> _Prepared:
         self.check_shared_modules()
         self.note_sharding()
-        layers = {name: layer for name, layer in self.lora_layers().items() if adapters_in(layer, [task])}
+        layers = self.lora_layers([task])
         order = {name: index for index, name in enumerate(self.history)}
         present = {name: adapters_in(layer, order) for name, layer in layers.items()}
         rows = {

@@ -32,6 +32,7 @@ def test_the_script_in_the_guide_trains_task_after_task(tmp_path: Path) -> None:
     commands = [line for line in GUIDE.splitlines() if line.startswith("torchrun") and "..." not in line]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     quick = "--use_cpu true --bf16 false --max_steps 2 --report_to none --per_device_train_batch_size 1"
+    quick += " --learning_rate 0.1"  # the first of two steps has to move ranks, or psi is 0
     for command in commands:
         words = command.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2").split()
         words = [sys.executable, "-m", "torch.distributed.run", *words[1:], *quick.split()]
@@ -39,7 +40,7 @@ def test_the_script_in_the_guide_trains_task_after_task(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     model = load_chain(base, [str(tmp_path / "chain" / task) for task in ("mood", "topic")])
     assert len(commands) == 2 and model.base_model.history == ("mood",)
-    assert 0 <= model.base_model.soft_coefficients["mood"] < 2  # ranks may not have moved in two steps
+    assert 0 < model.base_model.soft_coefficients["mood"] < 2
     assert set(model.base_model.attribution) == {"mood", "topic"}
 
 

@@ -44,7 +44,8 @@ class ASOLoRA(Method):
         """A first task has no history: how A starts and which vectors are kept is all that matters."""
         vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
         start = settings.init.split("_")[0].replace("projected", "default")
-        return {"adapters": start, "vectors": vectors, **({"fixed_a": True} if settings.fixed_a else {})}
+        found = {"adapters": start, "vectors": vectors}
+        return {**found, "fixed_a": True} if settings.fixed_a else found  # left out: first stages kept before it stand
 
     def config(self, index: int) -> ASOLoraConfig:
         """The settings of task number `index`."""
