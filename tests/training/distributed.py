@@ -70,6 +70,8 @@ def main(folder: Path, way: str = "ddp") -> None:
     copies = {name: weight.clone() for name, weight in weights.items()}
     save_file(copies, folder / f"weights_{processes}_{rank}.safetensors")
     (folder / f"found_{processes}_{rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():  # else a process may leave while the other still talks to it
+        torch.distributed.destroy_process_group()
 
 
 def shard_on_cpu(trainer: Any) -> None:
