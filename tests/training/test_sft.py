@@ -84,6 +84,20 @@ def test_a_task_is_trained_on_trls_data(tmp_path: Path, kind: str) -> None:
     assert "second" in model.base_model.attribution
 
 
+def test_a_starts_from_the_inputs_of_trls_data(tmp_path: Path) -> None:
+    model = chain()
+    model.peft_config["second"].project_init = "inputs"
+    trainer = peft_aso.ASOSFTTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=data("conversation"), processing_class=tokenizer()
+    )
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    for layer in model.base_model.lora_layers().values():
+        new, old = layer.lora_A["second"].weight.detach(), layer.lora_A["first"].weight.detach()
+        torch.testing.assert_close(new @ new.T, torch.eye(2), atol=1e-5, rtol=0)
+        assert (new @ old.T).abs().max() < 1e-5
+
+
 def test_the_loss_is_trls_and_the_penalty(tmp_path: Path) -> None:
     model = chain(similarity="none")
     stock, ours = (
