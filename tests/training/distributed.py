@@ -31,8 +31,8 @@ for stage in (2, 3):
     WAYS[f"zero{stage}"] = {"deepspeed": {**ZERO, "zero_optimization": {"stage": stage}}, "use_cpu": False}
 
 
-def main(folder: Path, way: str = "ddp") -> None:
-    """Train, and let each process write what it came to."""
+def main(folder: Path, way: str = "ddp", start: str = "") -> None:
+    """Train, with A from the task's inputs if `start` says "inputs", and let each process write what it came to."""
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if way.startswith("zero"):  # Accelerate knows a backend for DeepSpeed on accelerators only
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.NO)
@@ -47,7 +47,7 @@ def main(folder: Path, way: str = "ddp") -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.2)
-    model.add_adapter("second", ASOLoraConfig(**settings, attribution=config))
+    model.add_adapter("second", ASOLoraConfig(**settings, attribution=config, project_init=start or False))
     model.set_adapter("second")
     run = arguments(
         folder / f"run{processes}_{rank}", max_steps=4, per_device_train_batch_size=GLOBAL_BATCH // processes,

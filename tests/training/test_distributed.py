@@ -34,10 +34,13 @@ def run(folder: Path, processes: int, *what: str) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
-def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "start"),
+    [("ddp", ""), ("fsdp2", ""), ("fsdp2", "inputs"), pytest.param("zero2", "", marks=needs_deepspeed)],
+)
+def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, way: str, start: str) -> None:
     for processes in (1, 2):
-        run(tmp_path, processes, way if processes > 1 else "ddp")
+        run(tmp_path, processes, way if processes > 1 else "ddp", start)
     found = {place: json.loads((tmp_path / f"found_{place}.json").read_text()) for place in ("1_0", "2_0", "2_1")}
     sharded = way == "fsdp2"
     assert found["2_0"]["processes"] == 2 and found["2_0"]["sharded"] == sharded
