@@ -64,20 +64,22 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:
-    """The method, and what sets this run apart from the first of its method."""
+    """The method, and what sets this run apart from others of its method: settings that are not the default."""
     same = [other for other in runs if other.settings["method"] == run.settings["method"]]
+    usual = completed({})
     apart = [
         name
         for name in run.settings
-        if name not in _FREE and any(other.settings.get(name) != run.settings[name] for other in same)
-    ]
+        if name not in _FREE and run.settings[name] != usual.get(name)
+        and any(other.settings.get(name) != run.settings[name] for other in same)
+    ]  # fmt: skip
     words = [f"{name.replace('_', ' ')} {_shown(run.settings[name])}" for name in apart]
     return run.results["title"] + (f" ({', '.join(words)})" if words else "")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return "/".join(map(str, value))
+        return "/".join(map(_shown, value))
     if value is None:
         return "default"
     if isinstance(value, bool):  # not by equality: 1 is a number here
