@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tasks import AnswerDataset, Task, accuracy, bf16_is_faster, load_model, read_task, task_names
+from tasks import AnswerDataset, Task, accuracy, best_device, bf16_is_faster, load_model, read_task, task_names
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
 from peft_aso import (
@@ -93,6 +93,7 @@ def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> N
         weight_decay=0.0,
         lr_scheduler_type="constant",
         bf16=bf16_is_faster(),
+        use_cpu=best_device().type == "cpu",
         logging_strategy="epoch",
         save_strategy="no",
         report_to=[],

@@ -142,13 +142,17 @@ def shorten(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else ids[: limit // 2] + ids[len(ids) - (limit - limit // 2) :]
 
 
+def best_device() -> torch.device:
+    """The accelerator, or the CPU where there is none; a Trainer has to be told (`use_cpu`) for bfloat16 on a CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 @functools.cache
 def bf16_is_faster() -> bool:
     """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.ones(512, 1024, dtype=dtype, device=device) for _ in range(2))
+        a, b = (torch.ones(512, 1024, dtype=dtype, device=best_device()) for _ in range(2))
         times = []
         for _ in range(5):
             started = time.perf_counter()

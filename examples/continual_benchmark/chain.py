@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from tasks import Task, load_model
+from tasks import Task, best_device, load_model
 from transformers import set_seed
 
 from .alone import alone_folder, learn_alone
@@ -69,7 +69,7 @@ def _run(tasks: list[Task], settings: Settings, folder: RunFolder) -> dict[str, 
 
 def _load(name: str) -> tuple[Any, Any]:
     model, tokenizer = load_model(name)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(best_device()), tokenizer
 
 
 def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, method: Method) -> None:

@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 import torch
-from tasks import AnswerDataset, Task, bf16_is_faster
+from tasks import AnswerDataset, Task, best_device, bf16_is_faster
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
@@ -58,6 +58,7 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
             weight_decay=0.0,
             lr_scheduler_type="constant",
             bf16=in_bf16(settings),
+            use_cpu=best_device().type == "cpu",
             logging_steps=1,
             save_strategy="no",
             report_to=[],

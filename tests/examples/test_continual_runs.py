@@ -39,6 +39,17 @@ def test_every_method_learns_two_tasks(
     assert "AA" in text and "FWT" in text and str(tmp_path) in text
 
 
+def test_a_run_in_bf16(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    runs = {
+        precision: benchmark("chain").run(
+            settings_of(benchmark, data, saved["llama"], tmp_path / precision, method="aso_lora", precision=precision)
+        )
+        for precision in ("float32", "bf16")
+    }
+    losses = {name: [each["loss"] for stage in run["stages"] for each in stage["log"]] for name, run in runs.items()}
+    assert losses["bf16"] != losses["float32"] and losses["bf16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
 def test_the_command_line_is_the_settings(benchmark: Any) -> None:
     module = benchmark("settings")
     assert module.parse([]) == module.Settings()
