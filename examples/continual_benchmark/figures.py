@@ -88,14 +88,14 @@ def losses(runs: list[Run], way: str) -> list[Row]:
 
 
 def coefficients(kind: str) -> Callable[[list[Run], str], list[Row]]:
-    """w or psi of each task to each earlier one, at each refresh (Figures 3, 6)."""
+    """w or psi of each task to each earlier one, at each refresh (Figures 3, 6), where psi comes from a w."""
 
     def rows_of(runs: list[Run], way: str) -> list[Row]:
         rows = []
         for run in runs:
             for stage in run.results["stages"]:
                 before: dict[str, float] = {}
-                for entry in stage["log"]:
+                for entry in (each for each in stage["log"] if any(name.startswith("similarity/") for name in each)):
                     found = {name: value for name, value in entry.items() if name.startswith(f"{kind}/")}
                     if found and found != before:
                         before = found

@@ -95,6 +95,8 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
     assert all(path.stat().st_size > 0 for path in files)
     lines = (tmp_path / "average_accuracy_colors-signs.csv").read_text().splitlines()
     assert lines[0] == "run,stage,task,AA" and len(lines) == 1 + 4 * 2
+    with_psi = {line.split(",")[0] for line in (tmp_path / "psi_colors-signs.csv").read_text().splitlines()[1:]}
+    assert with_psi and all("ASO-LoRA" in name for name in with_psi)  # not IncLoRA, whose psi is 1 and nobody's
 
 
 def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
