@@ -89,6 +89,7 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, metho
         right = {each.name: said[each.name].correct(each) for each in tested}
         seconds = {"training": trained - started, "testing": time.time() - trained}
         stage = {"task": task.name, "correct": right, "log": log, "seconds": seconds, **method.facts(task)}
+        stage["said"] = {each.name: said[each.name].said(each) for each in tested}
         if index == len(tasks) - 1:
             stage["outputs"] = output_similarity({name: each.outputs for name, each in said.items()})
         folder.add_stage(stage, method.save)

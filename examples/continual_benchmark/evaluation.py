@@ -40,6 +40,14 @@ class Answers:
             found["options"] = [option == row[1] for option, row in zip(self.likeliest, task.test, strict=True)]
         return found
 
+    def said(self, task: Task) -> dict[str, dict[str, int]]:
+        """For each right answer what was said, stripped, and how often; generated if that was asked for."""
+        found: dict[str, dict[str, int]] = {option.strip(): {} for option in task.options}
+        for given, row in zip(self.generated or self.likeliest, task.test, strict=True):
+            counts, text = found[row[1].strip()], given.strip()
+            counts[text] = counts.get(text, 0) + 1
+        return found
+
 
 @torch.no_grad()
 def answer(

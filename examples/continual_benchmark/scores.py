@@ -107,3 +107,22 @@ def difference(
     ]
     gaps = [measured[0](draw) - measured[1](draw) for draw in draws(pair[0])]
     return measured[0](None) - measured[1](None), interval(gaps)
+
+
+def wrong_answers(results: dict[str, Any]) -> dict[str, tuple[float, float, float]] | None:
+    """For each task, after the last stage, in percent of its examples: another of its own options was said, an option
+    of another task, or neither. None for a run that did not keep what was said."""
+    said: dict[str, dict[str, dict[str, int]]] | None = results["stages"][-1].get("said")
+    if said is None or set(said) != set(results["tasks"]):
+        return None
+    found = {}
+    for name, rows in said.items():
+        others = {option for other, options in said.items() if other != name for option in options}
+        counts = [0, 0, 0]
+        for right, given in rows.items():
+            for text, count in given.items():
+                if text != right:
+                    counts[0 if text in rows else 1 if text in others else 2] += count
+        total = sum(sum(given.values()) for given in rows.values())
+        found[name] = (100 * counts[0] / total, 100 * counts[1] / total, 100 * counts[2] / total)
+    return found

@@ -2,6 +2,7 @@
 
 python examples/continual_benchmark/table.py runs/continual_benchmark                    # Tables 1, 2, 7: AA by order
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape tasks      # Tables 3, 8: task by task
+python examples/continual_benchmark/table.py runs/continual_benchmark --shape errors     # what wrong answers are
 python examples/continual_benchmark/table.py runs/continual_benchmark --against inc_lora # paired differences
 """
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from continual_benchmark.collect import Run, comparable, read_runs
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
-from continual_benchmark.scores import difference
+from continual_benchmark.scores import difference, wrong_answers
 
 Rows = list[list[str]]
 
@@ -29,8 +30,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="table.py", description="Finished runs in the shape of the paper's tables.")
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
-    add("--shape", choices=["orders", "tasks", "measures"], default="orders",
-        help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), or AA, FM, BWT and FWT of each run")  # fmt: skip
+    add("--shape", choices=["orders", "tasks", "measures", "errors"], default="orders",
+        help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, or what its "
+        "wrong answers are")  # fmt: skip
     add("--way", choices=["generate", "options"], default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
     add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against: difference in this")
@@ -52,6 +54,8 @@ def table(options: argparse.Namespace) -> str:
         rows = by_task(runs, options.way, options.paper)
     elif options.shape == "measures":
         rows = by_measure(runs, options.way)
+    elif options.shape == "errors":
+        rows = by_error(runs)
     else:
         rows = by_order(runs, options.way, options.paper)
     return latex(rows) if options.latex else markdown(rows)
@@ -60,7 +64,7 @@ def table(options: argparse.Namespace) -> str:
 def by_order(runs: list[Run], way: str, paper: str | None) -> Rows:
     """Methods down, orders across, the mean over the orders last."""
     orders = sorted({run.order for run in runs})
-    rows = [["", *(f"Order {order}" if order.isdigit() else order for order in orders), "Avg."]]
+    rows = [["", *(_order(order) for order in orders), "Avg."]]
     for label in dict.fromkeys(run.label for run in runs):
         cells = [
             [run.number(way, "AA") or 0.0 for run in runs if (run.label, run.order) == (label, o)] for o in orders
@@ -80,7 +84,7 @@ def by_task(runs: list[Run], way: str, paper: str | None) -> Rows:
     rows: Rows = []
     for order in sorted({run.order for run in runs}):
         here = [run for run in runs if run.order == order]
-        rows.append([f"Order {order}" if order.isdigit() else order, *here[0].results["tasks"]])
+        rows.append([_order(order), *here[0].results["tasks"]])
         for label in dict.fromkeys(run.label for run in here):
             last = [run.results["summary"][way]["matrix"][-1] for run in here if run.label == label]
             rows.append([label, *(spread(list(values)) for values in zip(*last, strict=True))])
@@ -98,6 +102,19 @@ def by_measure(runs: list[Run], way: str) -> Rows:
         found = run.results["summary"][way]
         cells = ["-" if name not in found else _between(found[name], found["95%"][name]) for name in names]
         rows.append([run.label, run.order, str(run.settings["seed"]), *cells])
+    return rows
+
+
+def by_error(runs: list[Run]) -> Rows:
+    """Of each task's answers after the last stage, in percent: another option of it, one of another task, neither."""
+    rows: Rows = []
+    for order in sorted({run.order for run in runs}):
+        here = [run for run in runs if run.order == order]
+        rows.append([f"{_order(order)}: own, another's, neither", *here[0].results["tasks"]])
+        for run in here:
+            found = wrong_answers(run.results)
+            shares = [" + ".join(f"{each:.1f}" for each in found[name]) if found else "-" for name in rows[0][1:]]
+            rows.append([run.label, *shares])
     return rows
 
 
@@ -133,6 +150,10 @@ def _difference(run: Run, peer: Run, options: argparse.Namespace) -> str:
     if not known or (options.after == 1 and options.measure != "AA"):
         return "-"  # FM and BWT are of two tasks and more, FWT needs each task learned alone
     return _between(*difference(run.results, peer.results, options.way, options.measure, options.after), "+")
+
+
+def _order(order: str) -> str:
+    return f"Order {order}" if order.isdigit() else order
 
 
 def spread(values: list[Any]) -> str:

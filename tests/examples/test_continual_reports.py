@@ -121,6 +121,24 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert gap == 12.5 and 0 <= low < 12.5 < high
 
 
+def test_what_wrong_answers_are(benchmark: Any, finished: Path) -> None:
+    scores = benchmark("scores")
+    said = {
+        "a": {"x": {"x": 5, "y": 1, "p": 2}, "y": {"y": 1, "?": 1}, "z": {}},
+        "b": {"p": {"p": 2, "z": 1}, "x": {"p": 1}},
+    }
+    found = scores.wrong_answers({"tasks": ["a", "b"], "stages": [{}, {"said": said}]})
+    assert found == {"a": (10.0, 20.0, 10.0), "b": (25.0, 25.0, 0.0)}
+    assert scores.wrong_answers({"tasks": ["a"], "stages": [{}]}) is None  # a model a task keeps no answers
+    module = benchmark("table")
+    rows = [line.split("|") for line in module.table(module.parse([str(finished), "--shape", "errors"])).splitlines()]
+    for path in finished.glob("aso_lora*/results.json"):
+        results = json.loads(path.read_text())
+        last = results["summary"]["generate"]["matrix"][-1]
+        shown = [cell.split("+") for row in rows if "ASO-LoRA" in row[1] for cell in row[2:4]]
+        assert [100 - sum(map(float, cell)) for cell in shown] == pytest.approx(last, abs=0.2)
+
+
 def test_why(benchmark: Any, finished: Path) -> None:
     module = benchmark("why")
     run = next(finished.glob("inc_lora*seed0"))
