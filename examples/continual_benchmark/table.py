@@ -110,10 +110,11 @@ def by_error(runs: list[Run]) -> Rows:
     rows: Rows = []
     for order in sorted({run.order for run in runs}):
         here = [run for run in runs if run.order == order]
-        rows.append([f"{_order(order)}: own, another's, neither", *here[0].results["tasks"]])
+        names = here[0].results["tasks"]
+        rows.append([f"{_order(order)}: own, another's, neither", *names])
         for run in here:
             found = wrong_answers(run.results)
-            shares = [" + ".join(f"{each:.1f}" for each in found[name]) if found else "-" for name in rows[0][1:]]
+            shares = [" + ".join(f"{each:.1f}" for each in found[name]) if found else "-" for name in names]
             rows.append([run.label, *shares])
     return rows
 

@@ -130,13 +130,21 @@ def test_what_wrong_answers_are(benchmark: Any, finished: Path) -> None:
     found = scores.wrong_answers({"tasks": ["a", "b"], "stages": [{}, {"said": said}]})
     assert found == {"a": (10.0, 20.0, 10.0), "b": (25.0, 25.0, 0.0)}
     assert scores.wrong_answers({"tasks": ["a"], "stages": [{}]}) is None  # a model a task keeps no answers
+
+
+def test_wrong_answers_by_order(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
+    last = results["summary"]["generate"]["matrix"][-1]
+    turned = {**results, "tasks": results["tasks"][::-1]}  # another order, whose columns stand the other way
+    for name, each in (("a", results), ("b", turned)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(each))
     module = benchmark("table")
-    rows = [line.split("|") for line in module.table(module.parse([str(finished), "--shape", "errors"])).splitlines()]
-    for path in finished.glob("aso_lora*/results.json"):
-        results = json.loads(path.read_text())
-        last = results["summary"]["generate"]["matrix"][-1]
-        shown = [cell.split("+") for row in rows if "ASO-LoRA" in row[1] for cell in row[2:4]]
-        assert [100 - sum(map(float, cell)) for cell in shown] == pytest.approx(last, abs=0.2)
+    lines = module.table(module.parse([str(tmp_path), "--shape", "errors"])).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines]
+    assert (rows[0], rows[3]) == (results["tasks"], turned["tasks"]) and last[0] != last[1]
+    for row, right in ((rows[2], last), (rows[4], last[::-1])):
+        assert [100 - sum(map(float, cell.split("+"))) for cell in row] == pytest.approx(right, abs=0.2)
 
 
 def test_why(benchmark: Any, finished: Path) -> None:
