@@ -121,7 +121,7 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert gap == 12.5 and 0 <= low < 12.5 < high
 
 
-def test_what_wrong_answers_are(benchmark: Any, finished: Path) -> None:
+def test_what_wrong_answers_are(benchmark: Any) -> None:
     scores = benchmark("scores")
     said = {
         "a": {"x": {"x": 5, "y": 1, "p": 2}, "y": {"y": 1, "?": 1}, "z": {}},
