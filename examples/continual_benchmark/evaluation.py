@@ -10,7 +10,7 @@ from tasks import Task, shorten
 from tqdm.auto import tqdm
 
 from .beginning import cache_of, common, rows_of
-from .options import likeliest_of
+from .options import calibrated, log_probabilities
 
 BATCH = 20
 
@@ -21,29 +21,40 @@ class Answers:
 
     Attributes:
         generated: greedily, as long as the longest option at most; empty if not asked for.
-        likeliest: of all options, their tokens' log-probabilities summed; empty if not asked for.
+        scores: `(prompts, options)`, their tokens' log-probabilities summed; None if not asked for.
         outputs: `(vocabulary,)`, the mean distribution over the first token.
     """
 
     generated: list[str]
-    likeliest: list[str]
+    scores: torch.Tensor | None = field(repr=False)
     outputs: torch.Tensor = field(repr=False)
 
     def correct(self, task: Task) -> dict[str, list[bool]]:
-        """For each way of scoring, whether each example is answered right; what is generated is stripped first."""
+        """For each way of scoring, whether each example is answered right.
+
+        `generate`: what is generated, stripped. `options`: the likeliest option. `calibrated`: that after options are
+        made as likely, over all these prompts, as they are right answers in the task's training data.
+        """
         found = {}
         if self.generated:
             found["generate"] = [
                 given.strip() == row[1].strip() for given, row in zip(self.generated, task.test, strict=True)
             ]
-        if self.likeliest:
-            found["options"] = [option == row[1] for option, row in zip(self.likeliest, task.test, strict=True)]
+        if self.scores is not None:
+            right = [task.options.index(answer) for _, answer in task.test]
+            ways = {"options": self.scores, "calibrated": calibrated(self.scores, _shares(task))}
+            for way, scores in ways.items():
+                found[way] = [a == b for a, b in zip(scores.argmax(1).tolist(), right, strict=True)]
         return found
+
+    def likeliest(self, task: Task) -> list[str]:
+        """The likeliest option of each prompt; empty if not asked for."""
+        return [] if self.scores is None else [task.options[best] for best in self.scores.argmax(1).tolist()]
 
     def said(self, task: Task) -> dict[str, dict[str, int]]:
         """For each right answer what was said, stripped, and how often; generated if that was asked for."""
         found: dict[str, dict[str, int]] = {option.strip(): {} for option in task.options}
-        for given, row in zip(self.generated or self.likeliest, task.test, strict=True):
+        for given, row in zip(self.generated or self.likeliest(task), task.test, strict=True):
             counts, text = found[row[1].strip()], given.strip()
             counts[text] = counts.get(text, 0) + 1
         return found
@@ -88,7 +99,7 @@ def _answer(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int)
     shared = 0 if seq2seq else common(prompts, min(map(len, prompts)) - 1)
     beginning = cache_of(model, prompts[0][:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    generated, likeliest, total = [""] * len(prompts), [""] * len(prompts), torch.zeros(())
+    generated, scores, total = [""] * len(prompts), torch.zeros(len(prompts), len(options)), torch.zeros(())
     for start in tqdm(range(0, len(order), BATCH), desc=task.name, unit="batch", leave=False):
         chosen = order[start : start + BATCH]
         batch = _padded_left([prompts[index] for index in chosen], shared, padding, model.device)
@@ -99,12 +110,18 @@ def _answer(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int)
         for index, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             generated[index] = text
         if score != "generate":
-            best = likeliest_of(model, batch, first, said.past_key_values, options, padding)
-            for index, option in zip(chosen, best, strict=True):
-                likeliest[index] = task.options[option]
+            found = log_probabilities(model, batch, first, said.past_key_values, options, padding)
+            scores[chosen] = found.float().cpu()
     return Answers(
-        generated if score != "options" else [], likeliest if score != "generate" else [], total / len(prompts)
+        generated if score != "options" else [], scores if score != "generate" else None, total / len(prompts)
     )
+
+
+def _shares(task: Task) -> list[float]:
+    """Of each option among the training examples; one example more of each, so that none has no share."""
+    answers = [answer for _, answer in task.train]
+    counts = [1 + answers.count(option) for option in task.options]
+    return [count / sum(counts) for count in counts]
 
 
 def _said(model: Any, batch: dict[str, torch.Tensor], beginning: Any, tokens: int, padding: int) -> Any:

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from continual_benchmark.collect import Run, comparable, read_runs
-from continual_benchmark.scores import matrix_of
+from continual_benchmark.scores import WAYS, matrix_of
 from peft_aso.metrics import average_accuracy, forgetting, forward_transfer
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="figures.py", description="The paper's figures from finished runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
     parser.add_argument("--out", type=Path, default=Path("runs/continual_benchmark/figures"))
-    parser.add_argument("--way", choices=["generate", "options"], default="generate", help="how answers were scored")
+    parser.add_argument("--way", choices=WAYS, default="generate", help="how answers were scored")
     return parser.parse_args(arguments)
 
 

@@ -1,7 +1,8 @@
-"""Which option is the likeliest answer: each is run on the cache of its prompt."""
+"""How likely each option is as the answer: it is run on the cache of its prompt."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from .beginning import is_plain, rows_of
 SCORED = 80
 
 
-def likeliest_of(
+def log_probabilities(
     model: Any, batch: dict[str, torch.Tensor], first: torch.Tensor, cache: Any, options: list[list[int]], padding: int
-) -> list[int]:
-    """For each prompt, which option is the likeliest.
+) -> torch.Tensor:
+    """`(prompts, options)`: the log-probability of each option as the answer, its tokens' summed.
 
     Args:
         batch: the prompts.
@@ -26,7 +27,7 @@ def likeliest_of(
     """
     count, size = len(options), max(1, SCORED // len(options))
     ids, real = _padded(options, padding, first.device)
-    found: list[int] = []
+    found = []
     for start in range(0, len(first), size):
         rows = torch.arange(start, min(start + size, len(first)), device=first.device)
         each = rows.repeat_interleave(count)
@@ -38,8 +39,24 @@ def likeliest_of(
         else:
             logits = _logits_anew(model, batch, each, answers, there)
         logs = torch.log_softmax(logits.float(), -1).gather(-1, answers[..., None])[..., 0]
-        found += (logs * there).sum(1).view(len(rows), count).argmax(1).tolist()
-    return found
+        found.append((logs * there).sum(1).view(len(rows), count))
+    return torch.cat(found)
+
+
+def calibrated(scores: torch.Tensor, shares: list[float]) -> torch.Tensor:
+    """`(prompts, options)`: log-probabilities without what a model prefers over all these prompts together.
+
+    Each option's probability is divided by its mean over the prompts, as in Batch Calibration (Zhou et al. 2024), and
+    multiplied by its share. No right answer is looked at. If a model only came to prefer some of the options, this
+    brings the answers back; if it no longer tells prompts apart, it cannot.
+
+    Args:
+        scores: `(prompts, options)`, log-probabilities.
+        shares: of each option among right answers, above 0.
+    """
+    logs = torch.log_softmax(scores.double(), 1)
+    mean = torch.logsumexp(logs, 0) - math.log(len(logs))
+    return logs - mean + torch.tensor(shares, dtype=logs.dtype).log()
 
 
 def _logits_causal(

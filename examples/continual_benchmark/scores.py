@@ -12,14 +12,16 @@ from peft_aso.metrics import average_accuracy, backward_transfer, forgetting, fo
 
 from .results import Correct
 
+WAYS = ("generate", "options", "calibrated")  # of scoring answers, see `evaluation.Answers.correct`
 DRAWS = 2000
 Matrix = list[list[float]]
 Draw = dict[str, numpy.ndarray]  # task name to indices of test examples
 
 
 def ways_of(stages: Sequence[Correct]) -> list[str]:
-    """The ways of scoring that a run has."""
-    return list(next(iter(stages[0].values())))
+    """The ways of scoring that each stage of a run has."""
+    kept = [set(ways) for right in stages for ways in right.values()]
+    return [way for way in next(iter(stages[0].values())) if all(way in each for each in kept)]
 
 
 def matrix_of(names: Sequence[str], stages: Sequence[Correct], way: str, draw: Draw | None = None) -> Matrix:
@@ -31,8 +33,10 @@ def matrix_of(names: Sequence[str], stages: Sequence[Correct], way: str, draw: D
     return [[cell(right, name) for name in names] for right in stages]
 
 
-def alone_of(names: Sequence[str], alone: Correct, way: str, draw: Draw | None = None) -> list[float]:
-    """The accuracy of each task learned alone, in percent."""
+def alone_of(names: Sequence[str], alone: Correct | None, way: str, draw: Draw | None = None) -> list[float] | None:
+    """The accuracy of each task learned alone, in percent; None if one was not learned alone or not scored so."""
+    if alone is None or any(way not in alone[name] for name in names):
+        return None
     return [_mean(alone[name][way], name, draw) for name in names]
 
 
@@ -69,10 +73,9 @@ def summary(names: Sequence[str], stages: Sequence[Correct], alone: Correct | No
     found = {}
     for way in ways_of(stages):
         matrix = matrix_of(names, stages, way)
-        reference = None if alone is None else alone_of(names, alone, way)
+        reference = alone_of(names, alone, way)
         drawn = [
-            measures(matrix_of(names, stages, way, draw), None if alone is None else alone_of(names, alone, way, draw))
-            for draw in draws(stages)
+            measures(matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)) for draw in draws(stages)
         ]
         numbers = measures(matrix, reference)
         found[way] = {
@@ -101,7 +104,7 @@ def difference(
         raise ValueError("these two runs were not tested on the same examples")
     measured: list[Callable[[Draw | None], float]] = [
         lambda draw, names=each["tasks"][:after], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
-            matrix_of(names, stages, way, draw), None if alone is None else alone_of(names, alone, way, draw)
+            matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)
         )[measure]
         for each, stages in zip((ours, theirs), pair, strict=True)
     ]

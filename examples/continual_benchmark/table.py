@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from continual_benchmark.collect import Run, comparable, read_runs
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
-from continual_benchmark.scores import difference, wrong_answers
+from continual_benchmark.scores import WAYS, difference, wrong_answers
 
 Rows = list[list[str]]
 
@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=["orders", "tasks", "measures", "errors"], default="orders",
         help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, or what its "
         "wrong answers are")  # fmt: skip
-    add("--way", choices=["generate", "options"], default="generate", help="how answers were scored")
+    add("--way", choices=WAYS, default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
     add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against: difference in this")
     add("--after", metavar="N", type=int, help="with --against: as it stood after N tasks, instead of after all")

@@ -37,9 +37,10 @@ def test_options_are_scored_as_one_after_another(
     model, tokenizer = tasks.load_model(str(saved[name]))
     task = random_task(data, shared)
     found = {score: evaluation.answer(model.eval(), tokenizer, task, score) for score in ("options", "both")}
-    assert not found["options"].generated and found["options"].likeliest == found["both"].likeliest
-    firsts = []
-    for (prompt, _), chosen in zip(task.test, found["both"].likeliest, strict=True):
+    assert not found["options"].generated
+    torch.testing.assert_close(found["options"].scores, found["both"].scores, atol=1e-5, rtol=1e-4)
+    firsts, scores = [], []
+    for prompt, _ in task.test:
         sums = []
         for option in task.options:
             answer = torch.tensor([tokenizer(option, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]])
@@ -50,8 +51,12 @@ def test_options_are_scored_as_one_after_another(
                 else:
                     logits = model(input_ids=torch.cat([ids, answer], 1)).logits[:, ids.shape[1] - 1 : -1]
             sums.append(float(torch.log_softmax(logits, -1).gather(-1, answer[..., None]).sum()))
-        assert chosen == task.options[sums.index(max(sums))]
+        scores.append(sums)
         firsts.append(torch.softmax(logits[0, 0], -1))
+    torch.testing.assert_close(found["both"].scores, torch.tensor(scores), atol=1e-4, rtol=1e-4)
+    likeliest = [task.options[each.index(max(each))] for each in scores]
+    assert found["both"].likeliest(task) == likeliest
+    assert found["both"].correct(task)["options"] == [each == "yes" for each in likeliest]
     torch.testing.assert_close(found["both"].outputs, torch.stack(firsts).mean(0), atol=1e-5, rtol=1e-4)
 
 
@@ -66,7 +71,8 @@ def test_what_is_generated_is_what_generate_says_to_each_prompt(
     head.weight = torch.nn.Parameter(torch.randn(head.weight.shape) * 10 * known)
     task = random_task(data, shared)
     found = benchmark("evaluation").answer(model, tokenizer, task, "generate")
-    assert not found.likeliest and len(set(found.generated) - {""}) > (3 if name == "llama" else 0)
+    assert found.scores is None and not found.likeliest(task)
+    assert len(set(found.generated) - {""}) > (3 if name == "llama" else 0)
     for (prompt, _), text in zip(task.test, found.generated, strict=True):
         ids = torch.tensor([tokenizer(prompt).input_ids])
         new = model.eval().generate(
@@ -89,8 +95,40 @@ def test_a_cache_that_cannot_be_shared_is_done_without(
     monkeypatch.setattr(benchmark("beginning"), "is_plain", lambda cache: False)
     monkeypatch.setattr(benchmark("options"), "is_plain", lambda cache: False)
     other = evaluation.answer(model, tokenizer, task)
-    assert (found.generated, found.likeliest) == (other.generated, other.likeliest)
+    assert found.generated == other.generated
+    torch.testing.assert_close(found.scores, other.scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.outputs, other.outputs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shares", [[0.25] * 4, [0.4, 0.3, 0.2, 0.1]])
+def test_calibration_takes_a_preference_out_and_nothing_else(
+    benchmark: Any, shares: list[float], fresh_seed: int
+) -> None:
+    calibrated = benchmark("options").calibrated
+    scores = torch.randn(50, 4, dtype=torch.float64) * 2
+    # by hand: each probability over its mean, times the share
+    chances = torch.softmax(scores, 1)
+    by_hand = chances / chances.mean(0) * torch.tensor(shares)
+    torch.testing.assert_close(calibrated(scores, shares).exp(), by_hand)
+    # a preference added to answers that are nearly certain is taken out again, one after which all is the same is not
+    right = torch.arange(400) % 4
+    sure = 6 * torch.nn.functional.one_hot(right, 4) + 0.1 * torch.randn(400, 4)
+    biased = sure + torch.tensor([9.0, 0.0, 0.0, 0.0])
+    assert (biased.argmax(1) == 0).all() and (calibrated(biased, [0.25] * 4).argmax(1) == right).all()
+    lost = torch.tensor([9.0, 0.0, 0.0, 0.0]).expand(400, 4)
+    assert (calibrated(lost, shares).argmax(1) == 0).float().mean() in (0.0, 1.0)
+
+
+def test_answers_after_calibration(benchmark: Any, data: Path) -> None:
+    task = sys.modules["tasks"].read_task(data / "signs")
+    task.options, task.train = ["yes", "no"], [("?", "yes")] * 2 + [("?", "no")] * 2
+    task.test = [("1", "yes"), ("2", "no"), ("3", "no"), ("4", "yes")]
+    scores = torch.tensor([[-0.1, -3.0], [-0.1, -1.0], [-0.1, -1.5], [-0.1, -4.0]])  # "yes" is said to all
+    found = benchmark("evaluation").Answers([], scores, torch.zeros(1)).correct(task)
+    assert found == {"options": [True, False, False, True], "calibrated": [True] * 4}
+    task.train = [("?", "yes")] * 400  # where hardly any answer is "no", saying yes to all is no preference
+    found = benchmark("evaluation").Answers([], scores, torch.zeros(1)).correct(task)
+    assert found["calibrated"] == found["options"]
 
 
 def test_a_window_or_a_state_is_not_shared(benchmark: Any) -> None:

@@ -169,6 +169,12 @@ def plain(history: Rows, current: dict[str, torch.Tensor], psi: torch.Tensor, fo
     return total
 
 
+def has_a_kink(history: Rows, current: dict[str, torch.Tensor], margin: float = 1e-5) -> bool:
+    """Does a row lie so nearly orthogonal to an earlier one that float32 cannot tell on which side of |x|'s kink?"""
+    pairs = ((rows, current[module]) for module in current for _, rows in history.get(module, []))
+    return any(bool(((rows.double() @ matrix.double().T).abs() < margin).any()) for rows, matrix in pairs)
+
+
 def chain_of_rows(dtype: torch.dtype = torch.float32) -> tuple[Rows, dict[str, torch.Tensor], dict[str, int]]:
     """Two sizes of input, mixed ranks, modules that some tasks or the current one lack."""
     current, history, layers = {}, {}, {}
@@ -191,6 +197,8 @@ def test_value_and_gradient_are_those_of_the_plain_formula(
     form: str, psi_shape: tuple[int, ...], copy_bytes: int | None, autocast: bool, fresh_seed: int
 ):
     history, current, layers = chain_of_rows()
+    while form == "l1" and has_a_kink(history, current):
+        history, current, layers = chain_of_rows()
     psi = torch.rand(psi_shape) * 2 - 0.3
     matrices = list(current.values())
     expected = plain(history, current, psi, form, layers)
