@@ -121,6 +121,16 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert gap == 12.5 and 0 <= low < 12.5 < high
 
 
+def test_a_score_that_earlier_runs_did_not_have_is_left_out_alone(benchmark: Any) -> None:
+    scores = benchmark("scores")
+    old, new = {"generate": [True, False]}, {"generate": [True, False], "calibrated": [True, True]}
+    stages = [{"a": new}, {"a": new, "b": new}]
+    found = scores.summary(["a", "b"], stages, {"a": old, "b": old})  # FWT needs it of the tasks alone
+    assert "FWT" in found["generate"] and "FWT" not in found["calibrated"] and found["calibrated"]["alone"] is None
+    assert found["calibrated"]["AA"] == 100
+    assert set(scores.summary(["a", "b"], [{"a": old}, {"a": new, "b": new}], None)) == {"generate"}
+
+
 def test_what_wrong_answers_are(benchmark: Any) -> None:
     scores = benchmark("scores")
     said = {

@@ -26,7 +26,7 @@ def test_every_method_learns_two_tasks(
     settings = settings_of(benchmark, data, saved[name], tmp_path, method=method)
     results = benchmark("chain").run(settings)
     assert [stage["task"] for stage in results["stages"]] == ["colors", "signs"]
-    for way in ("generate", "options"):
+    for way in ("generate", "options", "calibrated"):
         found = results["summary"][way]
         matrix = found["matrix"]
         assert matrix[0][0] is not None and matrix[0][1] is None and None not in matrix[1]
