@@ -112,6 +112,24 @@ def difference(
     return measured[0](None) - measured[1](None), interval(gaps)
 
 
+def changes(results: dict[str, Any], way: str) -> dict[tuple[str, str], tuple[float, list[float]]]:
+    """By later and earlier task: how much learning the one changed the accuracy on the other, and its 95% interval.
+
+    Only where the earlier task was tested right before and right after.
+    """
+    stages = results["stages"]
+    drawn = draws([stage["correct"] for stage in stages])
+    found = {}
+    for before, after in zip(stages, stages[1:], strict=False):
+        for name in (each for each in before["correct"] if each in after["correct"]):
+            then, now = (numpy.asarray(stage["correct"][name][way], dtype=float) for stage in (before, after))
+            gaps = 100 * (now - then)
+            found[after["task"], name] = (
+                float(gaps.mean()), interval([float(gaps[draw[name]].mean()) for draw in drawn])
+            )  # fmt: skip
+    return found
+
+
 def wrong_answers(results: dict[str, Any]) -> dict[str, tuple[float, float, float]] | None:
     """For each task, after the last stage, in percent of its examples: another of its own options was said, an option
     of another task, or neither. None for a run that did not keep what was said."""

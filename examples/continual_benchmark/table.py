@@ -3,6 +3,7 @@
 python examples/continual_benchmark/table.py runs/continual_benchmark                    # Tables 1, 2, 7: AA by order
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape tasks      # Tables 3, 8: task by task
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape errors     # what wrong answers are
+python examples/continual_benchmark/table.py runs/continual_benchmark --shape pairs      # w beside what was forgotten
 python examples/continual_benchmark/table.py runs/continual_benchmark --against inc_lora # paired differences
 """
 
@@ -15,12 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+from scipy.stats import spearmanr
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
 from continual_benchmark.collect import Run, comparable, read_runs
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
-from continual_benchmark.scores import WAYS, difference, wrong_answers
+from continual_benchmark.scores import WAYS, changes, difference, wrong_answers
 
 Rows = list[list[str]]
 
@@ -30,9 +34,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="table.py", description="Finished runs in the shape of the paper's tables.")
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
-    add("--shape", choices=["orders", "tasks", "measures", "errors"], default="orders",
-        help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, or what its "
-        "wrong answers are")  # fmt: skip
+    add("--shape", choices=list(SHAPES), default="orders",
+        help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, what its "
+        "wrong answers are, or the similarity of each pair of tasks beside what learning one did to the other")  # fmt: skip
     add("--way", choices=WAYS, default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
     add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against: difference in this")
@@ -50,19 +54,14 @@ def table(options: argparse.Namespace) -> str:
     comparable(runs)
     if options.against:
         rows = by_difference(runs, options)
-    elif options.shape == "tasks":
-        rows = by_task(runs, options.way, options.paper)
-    elif options.shape == "measures":
-        rows = by_measure(runs, options.way)
-    elif options.shape == "errors":
-        rows = by_error(runs)
     else:
-        rows = by_order(runs, options.way, options.paper)
+        rows = SHAPES[options.shape](runs, options)
     return latex(rows) if options.latex else markdown(rows)
 
 
-def by_order(runs: list[Run], way: str, paper: str | None) -> Rows:
+def by_order(runs: list[Run], options: argparse.Namespace) -> Rows:
     """Methods down, orders across, the mean over the orders last."""
+    way, paper = options.way, options.paper
     orders = sorted({run.order for run in runs})
     rows = [["", *(_order(order) for order in orders), "Avg."]]
     for label in dict.fromkeys(run.label for run in runs):
@@ -79,8 +78,9 @@ def by_order(runs: list[Run], way: str, paper: str | None) -> Rows:
     return rows
 
 
-def by_task(runs: list[Run], way: str, paper: str | None) -> Rows:
+def by_task(runs: list[Run], options: argparse.Namespace) -> Rows:
     """For each order its tasks across, as they stand after the last."""
+    way, paper = options.way, options.paper
     rows: Rows = []
     for order in sorted({run.order for run in runs}):
         here = [run for run in runs if run.order == order]
@@ -94,18 +94,18 @@ def by_task(runs: list[Run], way: str, paper: str | None) -> Rows:
     return rows
 
 
-def by_measure(runs: list[Run], way: str) -> Rows:
+def by_measure(runs: list[Run], options: argparse.Namespace) -> Rows:
     """One run a row: the four numbers with their intervals over test examples."""
     names = ("AA", "FM", "BWT", "FWT")
     rows = [["", "order", "seed", *names]]
     for run in runs:
-        found = run.results["summary"][way]
+        found = run.results["summary"][options.way]
         cells = ["-" if name not in found else _between(found[name], found["95%"][name]) for name in names]
         rows.append([run.label, run.order, str(run.settings["seed"]), *cells])
     return rows
 
 
-def by_error(runs: list[Run]) -> Rows:
+def by_error(runs: list[Run], options: argparse.Namespace) -> Rows:
     """Of each task's answers after the last stage, in percent: another option of it, one of another task, neither."""
     rows: Rows = []
     for order in sorted({run.order for run in runs}):
@@ -117,6 +117,28 @@ def by_error(runs: list[Run]) -> Rows:
             shares = [" + ".join(f"{each:.1f}" for each in found[name]) if found else "-" for name in names]
             rows.append([run.label, *shares])
     return rows
+
+
+def by_pair(runs: list[Run], options: argparse.Namespace) -> Rows:
+    """Of runs with a w: each pair of tasks, w at the later one's end, and what learning that did to the earlier one.
+
+    Raises:
+        SystemExit: fewer than three pairs.
+    """
+    rows: Rows = [["", "order", "later", "earlier", "w", "change of the earlier"]]
+    pairs: list[tuple[float, float]] = []
+    for run in runs:
+        similarity = {stage["task"]: stage.get("similarity") or {} for stage in run.results["stages"]}
+        for (later, earlier), (change, interval) in changes(run.results, options.way).items():
+            if earlier in similarity[later]:
+                w = float(numpy.mean(similarity[later][earlier]))
+                pairs.append((w, change))
+                rows.append([run.label, run.order, later, earlier, f"{w:.2f}", _between(change, interval, "+")])
+    if len(pairs) < 3:
+        raise SystemExit("--shape pairs: no runs there with a w whose earlier tasks were tested after each stage.")
+    found = spearmanr(*zip(*pairs, strict=True))
+    rank = f"rank correlation {found.statistic:+.2f} (p {found.pvalue:.2f}, {len(pairs)} pairs)"
+    return [*rows, ["all", "", "", "", "", rank]]
 
 
 def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
@@ -137,6 +159,9 @@ def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
     if len(rows) == 1:
         raise SystemExit(f"--against {options.against}: no run of it on the same order and seed as another.")
     return rows
+
+
+SHAPES = {"orders": by_order, "tasks": by_task, "measures": by_measure, "errors": by_error, "pairs": by_pair}
 
 
 def _same_place(run: Run, other: Run) -> bool:

@@ -121,6 +121,33 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert gap == 12.5 and 0 <= low < 12.5 < high
 
 
+def test_w_beside_what_a_later_task_did_to_an_earlier_one(
+    benchmark: Any, finished: Path, tmp_path: Path
+) -> None:
+    module = benchmark("table")
+    with pytest.raises(SystemExit, match="--shape pairs: no runs"):
+        module.table(module.parse([str(finished), "--shape", "pairs"]))  # one pair a run, two of the runs with a w
+    results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
+
+    def answers(right: int) -> dict[str, list[bool]]:
+        return {"generate": [True] * right + [False] * (10 - right)}
+
+    results["tasks"] = ["a", "b", "c"]
+    results["stages"] = [
+        {"task": "a", "correct": {"a": answers(9)}, "similarity": {}},
+        {"task": "b", "correct": {"a": answers(5), "b": answers(8)}, "similarity": {"a": [0.1, 0.3]}},  # two layers
+        {"task": "c", "correct": {"a": answers(6), "b": answers(8)}, "similarity": {"a": 0.5, "b": 0.4}},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    lines = module.table(module.parse([str(tmp_path), "--shape", "pairs"])).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")][2:] for line in lines[2:]]
+    assert [row[:3] for row in rows[:3]] == [["b", "a", "0.20"], ["c", "a", "0.50"], ["c", "b", "0.40"]]
+    assert [float(row[3].split()[0]) for row in rows[:3]] == [-40, 10, 0]
+    low, high = (float(each) for each in rows[0][3].split("(")[1].rstrip(")").split(" to "))
+    assert low < -40 < high <= 0 and "+0.0 (+0.0 to +0.0)" in rows[2][3]
+    assert rows[3][3].startswith("rank correlation +1.00") and "3 pairs" in rows[3][3]
+
+
 def test_a_score_that_earlier_runs_did_not_have_is_left_out_alone(benchmark: Any) -> None:
     scores = benchmark("scores")
     old, new = {"generate": [True, False]}, {"generate": [True, False], "calibrated": [True, True]}
