@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,7 +121,7 @@ def changes(results: dict[str, Any], way: str) -> dict[tuple[str, str], tuple[fl
     stages = results["stages"]
     drawn = draws([stage["correct"] for stage in stages])
     found = {}
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         for name in (each for each in before["correct"] if each in after["correct"]):
             then, now = (numpy.asarray(stage["correct"][name][way], dtype=float) for stage in (before, after))
             gaps = 100 * (now - then)

@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
     add("--shape", choices=list(SHAPES), default="orders",
         help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, what its "
-        "wrong answers are, or the similarity of each pair of tasks beside what learning one did to the other")  # fmt: skip
+        "wrong answers are, or w of each pair of tasks beside what learning one did to the other")  # fmt: skip
     add("--way", choices=WAYS, default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
     add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against: difference in this")
@@ -52,10 +52,7 @@ def table(options: argparse.Namespace) -> str:
     if not runs:
         raise SystemExit(f"No run there was scored by --way {options.way}.")
     comparable(runs)
-    if options.against:
-        rows = by_difference(runs, options)
-    else:
-        rows = SHAPES[options.shape](runs, options)
+    rows = (by_difference if options.against else SHAPES[options.shape])(runs, options)
     return latex(rows) if options.latex else markdown(rows)
 
 
