@@ -46,7 +46,7 @@ def log_probabilities(
 def calibrated(scores: torch.Tensor, shares: list[float]) -> torch.Tensor:
     """`(prompts, options)`: log-probabilities without what a model prefers over all these prompts together.
 
-    Each option's probability is divided by its mean over the prompts, as in Batch Calibration (Zhou et al. 2024), and
+    Each option's probability is divided by its mean over the prompts (after Batch Calibration, Zhou et al. 2024) and
     multiplied by its share. No right answer is looked at. If a model only came to prefer some of the options, this
     brings the answers back; if it no longer tells prompts apart, it cannot.
 
