@@ -11,8 +11,8 @@ from typing import Any
 from .orders import short
 from .settings import completed
 
-# two runs that differ in these alone are the same thing, and stand in one row
-_FREE = ("seed", "order")
+# two runs that differ in these alone are the same thing, and stand in one row; the last three say what is looked at
+_FREE = ("seed", "order", "score", "tested", "diagnose")
 # settings that say how much was run; runs that differ here are not to be compared
 SCALE = ("model", "data", "full", "train_limit", "test_limit", "validation", "epochs", "batch_size")
 

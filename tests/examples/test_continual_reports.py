@@ -59,12 +59,13 @@ def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
 
 def test_a_run_is_called_by_what_is_unusual_in_it(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
-    for name, more in (("plain", {}), ("other", {"penalty_weight": [5.0], "init": "inputs", "fixed_a": True})):
+    looked_at = {"score": "options", "tested": "new", "diagnose": True}
+    for name, more in (("plain", {}), ("looked at", looked_at), ("other", {"penalty_weight": [5.0], "init": "inputs", "fixed_a": True})):
         (tmp_path / name).mkdir()
         changed = {**results, "settings": {**results["settings"], **more}}
         (tmp_path / name / "results.json").write_text(json.dumps(changed))
     labels = {run.path.name: run.label for run in benchmark("collect").read_runs([tmp_path])}
-    assert labels["plain"] == "ASO-LoRA"
+    assert labels["plain"] == labels["looked at"] == "ASO-LoRA"
     assert labels["other"] == "ASO-LoRA (init inputs, fixed a yes, penalty weight 5)"
 
 
