@@ -60,7 +60,8 @@ def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
 def test_a_run_is_called_by_what_is_unusual_in_it(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
     looked_at = {"score": "options", "tested": "new", "diagnose": True}
-    for name, more in (("plain", {}), ("looked at", looked_at), ("other", {"penalty_weight": [5.0], "init": "inputs", "fixed_a": True})):
+    unusual = {"penalty_weight": [5.0], "init": "inputs", "fixed_a": True}
+    for name, more in (("plain", {}), ("looked at", looked_at), ("other", unusual)):
         (tmp_path / name).mkdir()
         changed = {**results, "settings": {**results["settings"], **more}}
         (tmp_path / name / "results.json").write_text(json.dumps(changed))
