@@ -71,12 +71,12 @@ def interval(values: Sequence[float]) -> list[float]:
 
 def summary(names: Sequence[str], stages: Sequence[Correct], alone: Correct | None) -> dict[str, Any]:
     """By way of scoring: the matrix, the tasks alone, the four numbers, and their intervals."""
-    found = {}
+    found, examples = {}, draws(stages)
     for way in ways_of(stages):
         matrix = matrix_of(names, stages, way)
         reference = alone_of(names, alone, way)
         drawn = [
-            measures(matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)) for draw in draws(stages)
+            measures(matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)) for draw in examples
         ]
         numbers = measures(matrix, reference)
         found[way] = {

@@ -5,7 +5,7 @@
 For a finished run of adapters. First the geometry: how much of an earlier task's inputs a later A takes up, as a part
 of what it takes up of its own task's; the same for the whole update B A; and how far the rows of two A and the columns
 of two B lie in each other's span, beside what chance gives. Then what it costs: parts of the later adapters are taken
-out of the model, and every task is tested again.
+out of the model, every task is tested again, and FM shows how much of the forgetting went with them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from continual_benchmark.data import read_tasks
 from continual_benchmark.evaluation import answer
 from continual_benchmark.methods.adapters import ASOLoRA
 from continual_benchmark.methods.directions import layers_with, second_moments
-from continual_benchmark.results import write_json
+from continual_benchmark.results import Correct, write_json
+from continual_benchmark.scores import difference, matrix_of, measures, ways_of
 from continual_benchmark.settings import Settings
 from continual_benchmark.training import in_bf16
 from peft_aso import load_chain
@@ -54,7 +55,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         SystemExit: not a finished run of adapters.
     """
     settings, folder = _settings(options.run)
-    names = json.loads((options.run / "results.json").read_text(encoding="utf-8"))["tasks"]
+    results = json.loads((options.run / "results.json").read_text(encoding="utf-8"))
+    names = results["tasks"]
     tasks = read_tasks(names, settings)
     base, tokenizer = load_model(settings.model)
     model = load_chain(base, folder).eval()
@@ -64,7 +66,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"geometry": geometry(model, names, moments)}
     print(_table(found["geometry"]))
     if not options.no_tests:
-        found["taken out"] = interventions(model, tokenizer, tasks, moments, settings)
+        answers = interventions(model, tokenizer, tasks, moments, settings)
+        found["taken out"] = [effect(results, title, right) for title, right in answers.items()]
         print(_table(found["taken out"]))
     write_json(options.run / "why.json", found)
     return found
@@ -111,27 +114,46 @@ def shared(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def interventions(
     model: Any, tokenizer: Any, tasks: list[Task], moments: Moments, settings: Settings
-) -> list[dict[str, Any]]:
-    """Accuracy on each task with parts of the later adapters taken out."""
+) -> dict[str, Correct]:
+    """By what is taken out of the later adapters: which test examples of each task are answered right."""
     names = [task.name for task in tasks]
     kept = {name: copy.deepcopy(weight.detach()) for name, weight in model.named_parameters() if "lora_" in name}
-    rows = []
+    found = {}
     for title, change in CHANGES.items():
+        print(f"Without {title} ..." if found else "The model as it is ...", flush=True)
         for path, layer in layers_with(model, names[-1]).items():
             for place, new in enumerate(names[1:], start=1):
                 change(layer, names[:place], new, [moments[old][path] for old in names[:place]])
-        row: dict[str, Any] = {"taken out of later adapters": title}
-        for task in tasks:
-            said = answer(model, tokenizer, task, "generate", settings.max_tokens, in_bf16(settings))
-            right = said.correct(task)["generate"]
-            row[task.name] = 100 * sum(right) / len(right)
-        row["AA"] = sum(row[name] for name in names) / len(names)
-        rows.append(row)
+        found[title] = {
+            task.name: answer(
+                model, tokenizer, task, settings.score, settings.max_tokens, in_bf16(settings)
+            ).correct(task)
+            for task in tasks
+        }  # fmt: skip
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if name in kept:
                     weight.copy_(kept[name])
-    return rows
+    return found
+
+
+def effect(results: dict[str, Any], title: str, right: Correct) -> dict[str, Any]:
+    """One row: the accuracies with something taken out; by way of scoring AA and FM, and the paired change of FM.
+
+    FM is counted from the accuracies that the run had at each task's own stage.
+    """
+    last = {**results["stages"][-1], "correct": right}
+    changed = {**results, "stages": [*results["stages"][:-1], last]}
+    stages = [stage["correct"] for stage in changed["stages"]]
+    row: dict[str, Any] = {"taken out of later adapters": title}
+    for way in ways_of(stages):
+        matrix = matrix_of(results["tasks"], stages, way)
+        if len(row) == 1:
+            row |= dict(zip(results["tasks"], matrix[-1], strict=True))
+        more, interval = difference(changed, results, way, "FM")
+        found = measures(matrix, None)
+        row |= {f"AA, {way}": found["AA"], f"FM, {way}": found["FM"], f"change of FM, {way}": [more, *interval]}
+    return row
 
 
 @torch.no_grad()
@@ -198,10 +220,14 @@ def _settings(run: Path) -> tuple[Settings, Path]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     heads = list(rows[0])
-    cells = [
-        [f"{row[head]:.3g}" if isinstance(row[head], float) else str(row[head]) for head in heads] for row in rows
-    ]
+    cells = [[_cell(row[head]) for head in heads] for row in rows]
     return "\n" + "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

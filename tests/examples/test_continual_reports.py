@@ -123,9 +123,7 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert gap == 12.5 and 0 <= low < 12.5 < high
 
 
-def test_w_beside_what_a_later_task_did_to_an_earlier_one(
-    benchmark: Any, finished: Path, tmp_path: Path
-) -> None:
+def test_w_beside_what_a_later_task_did_to_an_earlier_one(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     module = benchmark("table")
     with pytest.raises(SystemExit, match="--shape pairs: no runs"):
         module.table(module.parse([str(finished), "--shape", "pairs"]))  # one pair a run, two of the runs with a w
@@ -194,10 +192,25 @@ def test_why(benchmark: Any, finished: Path) -> None:
     (pair,) = found["geometry"]
     assert (pair["later"], pair["earlier"]) == ("signs", "colors") and 0 <= pair["rows of A shared"] <= 1
     untouched = found["taken out"][0]
-    last = json.loads((run / "results.json").read_text())["summary"]["generate"]["matrix"][-1]
-    assert [untouched[name] for name in TASKS] == pytest.approx(last)
+    summary = json.loads((run / "results.json").read_text())["summary"]
+    assert [untouched[name] for name in TASKS] == pytest.approx(summary["generate"]["matrix"][-1])
+    for way in ("generate", "options", "calibrated"):
+        assert untouched[f"AA, {way}"] == pytest.approx(summary[way]["AA"])
+        assert untouched[f"FM, {way}"] == pytest.approx(summary[way]["FM"])
+        assert untouched[f"change of FM, {way}"] == [0, 0, 0]
     with pytest.raises(SystemExit, match="no finished run"):
         module.main(module.parse([str(finished)]))
+
+
+def test_what_is_taken_out_counts_against_the_run(benchmark: Any) -> None:
+    before, after = [True] * 4, [True, False, False, False]
+    stages = [{"correct": {"a": {"generate": before}}}, {"correct": {name: {"generate": after} for name in "ab"}}]
+    results = {"tasks": ["a", "b"], "stages": stages, "alone": None}
+    row = benchmark("why").effect(results, "something", {name: {"generate": before} for name in "ab"})
+    assert (row["a"], row["b"], row["AA, generate"], row["FM, generate"]) == (100, 100, 100, 0)
+    change, low, high = row["change of FM, generate"]
+    assert change == -75 and low < -75 < high <= 0
+    assert stages[-1]["correct"]["a"]["generate"] == after  # the run itself is as it was
 
 
 def test_shared_spans_and_energy(benchmark: Any) -> None:
