@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,9 +76,7 @@ def summary(names: Sequence[str], stages: Sequence[Correct], alone: Correct | No
     for way in ways_of(stages):
         matrix = matrix_of(names, stages, way)
         reference = alone_of(names, alone, way)
-        drawn = [
-            measures(matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)) for draw in examples
-        ]
+        drawn = [measures(matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)) for draw in examples]
         numbers = measures(matrix, reference)
         found[way] = {
             "matrix": [[None if math.isnan(value) else value for value in row] for row in matrix],
@@ -99,18 +98,34 @@ def difference(
     Raises:
         ValueError: runs with other tasks or other test examples.
     """
-    pair = [[stage["correct"] for stage in each["stages"][:after]] for each in (ours, theirs)]
-    sizes = [{name: len(ways[way]) for right in stages for name, ways in right.items()} for stages in pair]
-    if sizes[0] != sizes[1]:
-        raise ValueError("these two runs were not tested on the same examples")
-    measured: list[Callable[[Draw | None], float]] = [
-        lambda draw, names=each["tasks"][:after], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
-            matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)
-        )[measure]
-        for each, stages in zip((ours, theirs), pair, strict=True)
-    ]
-    gaps = [measured[0](draw) - measured[1](draw) for draw in draws(pair[0])]
-    return measured[0](None) - measured[1](None), interval(gaps)
+    return mean_difference([(ours, theirs)], way, measure, after)
+
+
+def mean_difference(
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], way: str, measure: str = "AA", after: int | None = None
+) -> tuple[float, list[float]]:
+    """The mean of `difference` over pairs of runs, such as those of some orders of the same tasks, and its interval.
+
+    The same examples are drawn for all pairs: the interval is that of other test examples, not of other orders.
+
+    Raises:
+        ValueError: runs with other tasks or other test examples.
+    """
+    found, gaps, sizes = [], [], []
+    for pair in pairs:
+        stages = [[stage["correct"] for stage in each["stages"][:after]] for each in pair]
+        sizes += [{name: len(ways[way]) for right in each for name, ways in right.items()} for each in stages]
+        measured: list[Callable[[Draw | None], float]] = [
+            lambda draw, names=each["tasks"][:after], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
+                matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)
+            )[measure]
+            for each, stages in zip(pair, stages, strict=True)
+        ]
+        if any(each != sizes[0] for each in sizes):
+            raise ValueError("these runs were not tested on the same examples")
+        found.append(measured[0](None) - measured[1](None))
+        gaps.append([measured[0](draw) - measured[1](draw) for draw in draws(stages[0])])
+    return statistics.mean(found), interval(numpy.mean(gaps, axis=0))
 
 
 def changes(results: dict[str, Any], way: str) -> dict[tuple[str, str], tuple[float, list[float]]]:

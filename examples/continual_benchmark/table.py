@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from continual_benchmark.collect import Run, comparable, read_runs
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
-from continual_benchmark.scores import WAYS, changes, difference, wrong_answers
+from continual_benchmark.scores import WAYS, changes, mean_difference, wrong_answers
 
 Rows = list[list[str]]
 
@@ -141,20 +141,28 @@ def by_pair(runs: list[Run], options: argparse.Namespace) -> Rows:
 def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
     """One measure less that of another method on the same order and seed, on the same test examples.
 
+    Where there are several orders of the same tasks, or several seeds, the mean over them comes last.
+
     Raises:
         SystemExit: nothing to compare, or fewer tasks than asked for.
     """
     after = "" if options.after is None else f" after {options.after} task{'s' * (options.after != 1)}"
     rows = [["", "order", "seed", f"difference in {options.measure}{after}"]]
+    alike: dict[Any, list[tuple[Run, Run]]] = {}
+    several = len({run.label for run in runs if run.settings["method"] == options.against}) > 1
     for run in runs:
         peers = [other for other in runs if other.settings["method"] == options.against and _same_place(run, other)]
         for peer in peers:
             if peer is not run:
-                beside = f" to {peer.label}" if len(peers) > 1 else ""
-                cell = _difference(run, peer, options) + beside
+                beside = f" to {peer.label}" if several else ""
+                cell = _difference([(run, peer)], options) + beside
                 rows.append([run.label, run.order, str(run.settings["seed"]), cell])
+                alike.setdefault((run.label, beside, frozenset(run.results["tasks"])), []).append((run, peer))
     if len(rows) == 1:
         raise SystemExit(f"--against {options.against}: no run of it on the same order and seed as another.")
+    for (label, beside, _), pairs in alike.items():
+        if len(pairs) > 1 and options.after is None:
+            rows.append([label, f"mean of {len(pairs)}", "", _difference(pairs, options) + beside])
     return rows
 
 
@@ -165,14 +173,16 @@ def _same_place(run: Run, other: Run) -> bool:
     return (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
 
 
-def _difference(run: Run, peer: Run, options: argparse.Namespace) -> str:
-    stages = len(run.results["stages"])
-    if options.after is not None and not 1 <= options.after <= stages:
-        raise SystemExit(f"--after {options.after}: {run.path} has {stages} tasks.")
-    known = all(options.measure in each.results["summary"][options.way] for each in (run, peer))
+def _difference(pairs: list[tuple[Run, Run]], options: argparse.Namespace) -> str:
+    for run, _ in pairs:
+        stages = len(run.results["stages"])
+        if options.after is not None and not 1 <= options.after <= stages:
+            raise SystemExit(f"--after {options.after}: {run.path} has {stages} tasks.")
+    known = all(options.measure in each.results["summary"][options.way] for pair in pairs for each in pair)
     if not known or (options.after == 1 and options.measure != "AA"):
         return "-"  # FM and BWT are of two tasks and more, FWT needs each task learned alone
-    return _between(*difference(run.results, peer.results, options.way, options.measure, options.after), "+")
+    both = [(run.results, peer.results) for run, peer in pairs]
+    return _between(*mean_difference(both, options.way, options.measure, options.after), "+")
 
 
 def _order(order: str) -> str:

@@ -121,6 +121,28 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     better = [stages[0], {**stages[1], "a": {"generate": [True, True, False, False]}}]
     gap, (low, high) = scores.difference({**run, "stages": [{"correct": e} for e in better]}, run, "generate")
     assert gap == 12.5 and 0 <= low < 12.5 < high
+    pair = {**run, "stages": [{"correct": e} for e in better]}, run
+    mean, (low, high) = scores.mean_difference([pair, (run, run)], "generate")
+    assert mean == 6.25 and [low, high] == [each / 2 for each in scores.difference(*pair, "generate")[1]]
+    with pytest.raises(ValueError, match="not tested on the same examples"):
+        scores.mean_difference([(run, run), (other, {**run, "stages": run["stages"][:1]})], "generate")
+
+
+def test_differences_have_a_mean_over_orders(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    module = benchmark("table")
+    for name, label in (("aso_lora", "soft"), ("inc_lora", "none")):
+        text = (next(finished.glob(f"{name}*seed0")) / "results.json").read_text()
+        swapped = text.replace("colors", "other").replace("signs", "colors").replace("other", "signs")
+        for order, each in (("one", text), ("two", swapped)):
+            (tmp_path / f"{label}-{order}").mkdir()
+            (tmp_path / f"{label}-{order}" / "results.json").write_text(each)
+    lines = module.table(module.parse([str(tmp_path), "--against", "inc_lora"])).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] for row in rows] == [
+        ["ASO-LoRA", "colors-signs"], ["ASO-LoRA", "signs-colors"], ["ASO-LoRA", "mean of 2"],
+    ]  # fmt: skip
+    values = [float(row[3].split()[0]) for row in rows]
+    assert values[2] == pytest.approx(sum(values[:2]) / 2, abs=0.11)
 
 
 def test_w_beside_what_a_later_task_did_to_an_earlier_one(benchmark: Any, finished: Path, tmp_path: Path) -> None:
