@@ -140,12 +140,15 @@ _WORDS = {
 }  # fmt: skip
 
 
+_STYLES = ("-", "--", ":", "-.")  # there are ten colours: the eleventh run has the first one's, dashed
+
+
 def _lines(axes: Any, rows: list[Row]) -> None:
     x, y = ("stage" if "stage" in rows[0] else "step"), list(rows[0])[-1]
-    for name in dict.fromkeys(row["run"] for row in rows):
+    for index, name in enumerate(dict.fromkeys(row["run"] for row in rows)):
         own = [row for row in rows if row["run"] == name]
-        values = [row[y] for row in own]
-        axes.plot([row[x] for row in own], values, marker="o" if x == "stage" else "", markersize=4, label=name)
+        look = {"linestyle": _STYLES[index // 10 % len(_STYLES)], "marker": "o" if x == "stage" else "", "markersize": 4}
+        axes.plot([row[x] for row in own], [row[y] for row in own], label=name, **look)
     if x == "stage":
         tasks = dict(sorted((row["stage"], row["task"]) for row in rows))
         axes.set_xticks(list(tasks), list(tasks.values()), rotation=30 if len(tasks) > 6 else 0)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 import torch
 
@@ -99,6 +100,13 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
     assert lines[0] == "run,stage,task,AA" and len(lines) == 1 + 4 * 2
     with_psi = {line.split(",")[0] for line in (tmp_path / "psi_colors-signs.csv").read_text().splitlines()[1:]}
     assert with_psi and all("ASO-LoRA" in name for name in with_psi)  # not IncLoRA, whose psi is 1 and nobody's
+
+
+def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
+    axes = matplotlib.figure.Figure().subplots()
+    rows = [{"run": f"run {run}", "step": step, "loss": 1.0} for run in range(25) for step in (1, 2)]
+    benchmark("figures")._lines(axes, rows)
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(axes.lines) == 25
 
 
 def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
