@@ -147,8 +147,9 @@ def _lines(axes: Any, rows: list[Row]) -> None:
     x, y = ("stage" if "stage" in rows[0] else "step"), list(rows[0])[-1]
     for index, name in enumerate(dict.fromkeys(row["run"] for row in rows)):
         own = [row for row in rows if row["run"] == name]
-        look = {"linestyle": _STYLES[index // 10 % len(_STYLES)], "marker": "o" if x == "stage" else "", "markersize": 4}
-        axes.plot([row[x] for row in own], [row[y] for row in own], label=name, **look)
+        places, values = ([row[key] for row in own] for key in (x, y))
+        style, marker = _STYLES[index // 10 % len(_STYLES)], "o" if x == "stage" else ""
+        axes.plot(places, values, linestyle=style, marker=marker, markersize=4, label=name)
     if x == "stage":
         tasks = dict(sorted((row["stage"], row["task"]) for row in rows))
         axes.set_xticks(list(tasks), list(tasks.values()), rotation=30 if len(tasks) > 6 else 0)
