@@ -110,7 +110,7 @@ def test_as_many_nodes_come_nearer_where_they_are_needed(monkeypatch: pytest.Mon
 def test_a_smaller_tolerance_comes_nearer(fresh_seed: int) -> None:
     model = tiny("llama", std=0.4, seed=fresh_seed)
     batch = tiny_batch(model, 3, seed=fresh_seed)
-    exact = integrated_gradients(model, batch, steps=60, quadrature="gauss_legendre").values
+    exact = integrated_gradients(model, batch, steps=400, quadrature="gauss_legendre").values
     fine = integrated_gradients(model, batch, steps=20_000, quadrature="adaptive").values
     assert largest_gap(fine, exact) <= 0.02
 

@@ -30,7 +30,8 @@ def test_captums_right_riemann_sum_is_eq_10() -> None:
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "t5", "bart", "bert", "bert_mlm"])
 def test_scores_are_captums(name: str, padding: str, method: str, fresh_seed: int) -> None:
-    model = tiny(name, seed=fresh_seed)
+    # in float64: a draw can cancel so far that Captum itself is 3e-5 off in float32
+    model = tiny(name, seed=fresh_seed).double()
     batch = tiny_batch(model, 3, seed=fresh_seed, padding=padding)
     ours = integrated_gradients(model, batch, steps=7, method=method)
     reference = captum_scores(model, batch, steps=7)

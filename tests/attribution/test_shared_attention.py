@@ -86,7 +86,7 @@ def test_attention_and_its_gradient(own: bool, dtype: torch.dtype, fresh_seed: i
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("name", SHARES)
 def test_shared_is_copied(name: str, padding: str, fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(name, seed=fresh_seed)
+    model = tiny(name, seed=fresh_seed).double()
     batch = tiny_batch(model, 4, seed=fresh_seed, padding=padding, prompt=(2, 9))
     shared = integrated_gradients(model, batch, steps=3, method="fast")
     assert not checks.copies_prompts(model)
