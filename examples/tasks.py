@@ -47,7 +47,7 @@ def read_task(
     labels = folder / "labels.json"
     if not labels.is_file():
         raise SystemExit(f"{folder} is no task folder: it has no labels.json (see examples/data/README.md).")
-    options = json.loads(labels.read_text(encoding="utf-8"))
+    options = _parsed(labels.read_text(encoding="utf-8"), str(labels))
     parts = []
     for name, limit in (("train", train_limit), ("test", test_limit)):
         path = folder / f"{name}_full.jsonl"
@@ -59,11 +59,20 @@ def read_task(
     return Task(folder.name, options, *parts)
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{where} is no JSON: {error}.") from None
+
+
 def _rows(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        raise SystemExit(f"{path.parent} has no {path.name} (see examples/data/README.md).")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-        row = json.loads(line)
-        if "prompt" not in row or "answer" not in row:
+        row = _parsed(line, f"{path}, line {number},")
+        if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
             raise SystemExit(f"{path}, line {number}: needs `prompt` and `answer`.")
         found.append((row["prompt"], row["answer"]))
     return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from .orders import order_of, short
 from .results import Correct, RunFolder, folder_of
 from .scores import summary
 from .settings import Settings
-from .training import in_bf16, learn
+from .training import in_bf16, learn, seed_of
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -28,13 +31,28 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises:
         SystemExit: settings that are wrong, tasks that are not there, a folder that holds another run.
     """
+    if torch.cuda.device_count() > 1:
+        raise SystemExit("A run has one GPU to itself: choose it with CUDA_VISIBLE_DEVICES=0.")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     names = order_of(settings.order)
     tasks = read_tasks(names, settings)
-    with RunFolder(folder_of(settings, short(names)), settings.chosen()) as folder:
-        results = _run(tasks, settings, folder)
+    path = folder_of(settings, short(names))
+    settings = _decided(settings, path)
+    with RunFolder(path, settings.chosen()) as folder:
+        results = folder.results()
+        if results is None or not (results["alone"] or settings.no_reference):
+            results = _run(tasks, settings, folder)
     return {**results, "folder": str(folder.path)}
+
+
+def _decided(settings: Settings, path: Path) -> Settings:
+    """With `--precision auto`, what the run in that folder began with, or else what is faster here."""
+    if settings.precision != "auto":
+        return settings
+    file = path / "settings.json"
+    began = json.loads(file.read_text(encoding="utf-8")).get("precision") if file.is_file() else None
+    return replace(settings, precision=began or ("bf16" if in_bf16(settings) else "float32"))
 
 
 def _run(tasks: list[Task], settings: Settings, folder: RunFolder) -> dict[str, Any]:
@@ -47,7 +65,7 @@ def _run(tasks: list[Task], settings: Settings, folder: RunFolder) -> dict[str, 
         stages = folder.stages()
         if len(stages) < len(tasks):
             base = load()
-            set_seed(settings.seed)  # some methods make their weights here
+            set_seed(seed_of(settings, tasks[0]))  # some methods make their weights here, as others at the first task
             _learn_chain(tasks, settings, folder, kind(*base, settings))
             stages = folder.stages()
     reference = None
@@ -75,27 +93,46 @@ def _load(name: str) -> tuple[Any, Any]:
 def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, method: Method) -> None:
     if len(tasks) > 1 and not folder.stages() and take_first(settings, tasks[0], folder):
         print(f"{tasks[0].name} was learned by an earlier run in the same way.")
-    done = len(folder.stages())
-    if done:
-        print(f"Going on after {tasks[done - 1].name}, which {folder.path} has.")
-        method.restore(folder.state(done - 1), tasks[:done])
+    done, trained = len(folder.stages()), folder.trained()
+    have = done + (trained is not None)
+    if have:
+        print(f"Going on after {tasks[have - 1].name}, which {folder.path} has.")
+        method.restore(folder.state(have - 1), tasks[:have])
     for index, task in enumerate(tasks[done:], start=done):
         print(f"\n=== {method.title}, stage {index + 1} of {len(tasks)}: {task.name} ===", flush=True)
-        started = time.time()
-        log = learn(method, task, index, settings)
-        trained = time.time()
+        if trained is None:
+            trained = _trained(method, task, index, settings)
+            folder.add_state(method.save, trained)
         tested = [task] if settings.tested == "new" and index < len(tasks) - 1 else tasks[: index + 1]
-        said = _test(method, tested, settings)
-        right = {each.name: said[each.name].correct(each) for each in tested}
-        seconds = {"training": trained - started, "testing": time.time() - trained}
-        stage = {"task": task.name, "correct": right, "log": log, "seconds": seconds, **method.facts(task)}
-        stage["said"] = {each.name: said[each.name].said(each) for each in tested}
-        if index == len(tasks) - 1:
-            stage["outputs"] = output_similarity({name: each.outputs for name, each in said.items()})
-        folder.add_stage(stage, method.save)
+        stage = {**trained, **_tested(method, tested, settings, last=index == len(tasks) - 1)}
+        stage["seconds"] = {**trained["seconds"], **stage["seconds"]}
+        folder.add_stage(stage)
+        trained = None
         if index == 0 and len(tasks) > 1:
             keep_first(settings, task, folder, stage)
-        print(_line(right) + f"   ({time.time() - started:.0f} s)", flush=True)
+        print(_line(stage["correct"]) + f"   ({sum(stage['seconds'].values()):.0f} s)", flush=True)
+
+
+def _trained(method: Method, task: Task, index: int, settings: Settings) -> dict[str, Any]:
+    """Train; what is known of the stage then."""
+    started = time.time()
+    log = learn(method, task, index, settings)
+    seconds = {"training": time.time() - started}
+    return {"task": task.name, "log": log, "seconds": seconds, **method.facts(task)}
+
+
+def _tested(method: Method, tasks: list[Task], settings: Settings, last: bool) -> dict[str, Any]:
+    """Test on these tasks; what the stage has from that."""
+    started = time.time()
+    said = _test(method, tasks, settings)
+    found: dict[str, Any] = {
+        "correct": {task.name: said[task.name].correct(task) for task in tasks},
+        "seconds": {"testing": time.time() - started},
+        "said": {task.name: said[task.name].said(task) for task in tasks},
+    }
+    if last:
+        found["outputs"] = output_similarity({name: each.outputs for name, each in said.items()})
+    return found
 
 
 def _test(method: Method, tasks: list[Task], settings: Settings) -> dict[str, Answers]:

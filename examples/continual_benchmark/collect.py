@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .orders import short
-from .settings import completed
+from .settings import FOR, completed
 
-# two runs that differ in these alone are the same thing, and stand in one row; the last three say what is looked at
-_FREE = ("seed", "order", "score", "tested", "diagnose")
+# two runs that differ in these alone are the same thing, and stand in one row; the last two say what is looked at
+_FREE = ("seed", "order", "score", "diagnose")
 # settings that say how much was run; runs that differ here are not to be compared
 SCALE = ("model", "data", "full", "train_limit", "test_limit", "validation", "epochs", "batch_size")
 
@@ -22,7 +22,7 @@ class Run:
     """One finished run.
 
     Attributes:
-        label: the method's name, and the settings in which it differs from other runs of that method here.
+        label: the method's name, and the settings in which it differs from other runs here.
         order: the number of its order, or its tasks' names.
     """
 
@@ -64,15 +64,15 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:
-    """The method, and what sets this run apart from others of its method: settings that are not the default."""
-    same = [other for other in runs if other.settings["method"] == run.settings["method"]]
+    """The method, and what sets it apart from others that have the setting: settings that are not the default."""
     usual = completed({})
-    apart = [
-        name
-        for name in run.settings
-        if name not in _FREE and run.settings[name] != usual.get(name)
-        and any(other.settings.get(name) != run.settings[name] for other in same)
-    ]  # fmt: skip
+
+    def differs(name: str) -> bool:
+        beside = [each for each in runs if each.settings["method"] in FOR.get(name, [each.settings["method"]])]
+        return any(each.settings.get(name) != run.settings[name] for each in beside)
+
+    own = [name for name in run.settings if name not in ("method", *_FREE)]
+    apart = [name for name in own if run.settings[name] != usual.get(name) and differs(name)]
     words = [f"{name.replace('_', ' ')} {_shown(run.settings[name])}" for name in apart]
     return run.results["title"] + (f" ({', '.join(words)})" if words else "")
 
@@ -88,11 +88,16 @@ def _shown(value: Any) -> str:
 
 
 def comparable(runs: Sequence[Run]) -> None:
-    """Refuse to put runs of different scale into one table.
+    """Refuse to put runs of different scale, or one run twice, into one table.
 
     Raises:
-        SystemExit: with what differs.
+        SystemExit: with what differs, or which are the same.
     """
+    there: dict[tuple[str, str, int], Run] = {}
+    for run in runs:
+        twin = there.setdefault((run.label, run.order, run.settings["seed"]), run)
+        if twin is not run:
+            raise SystemExit(f"{twin.path} and {run.path} are the same run: leave one out.")
     for name in SCALE:
         values = {json.dumps(run.settings.get(name)) for run in runs}
         if len(values) > 1:

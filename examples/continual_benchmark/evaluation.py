@@ -103,7 +103,8 @@ def _answer(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int)
     for start in tqdm(range(0, len(order), BATCH), desc=task.name, unit="batch", leave=False):
         chosen = order[start : start + BATCH]
         batch = _padded_left([prompts[index] for index in chosen], shared, padding, model.device)
-        said = _said(model, batch, beginning, 1 if score == "options" else longest, padding)
+        tokens = 1 if score == "options" else longest
+        said = _said(model, batch, beginning, tokens, padding, tokenizer.eos_token_id)
         first = said.logits[0].float()
         total = total + torch.softmax(first, -1).sum(0).cpu()
         new = said.sequences if seq2seq else said.sequences[:, batch["input_ids"].shape[1] :]
@@ -124,12 +125,13 @@ def _shares(task: Task) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
-def _said(model: Any, batch: dict[str, torch.Tensor], beginning: Any, tokens: int, padding: int) -> Any:
-    """What `generate` says, with logits and cache."""
+def _said(model: Any, batch: dict[str, torch.Tensor], beginning: Any, tokens: int, padding: int, end: int) -> Any:
+    """What `generate` says, with logits and cache: the likeliest tokens, whatever the model's own settings."""
     rows = torch.zeros(len(batch["input_ids"]), dtype=torch.long, device=model.device)
     given = {} if beginning is None else {"past_key_values": rows_of(beginning, rows)}
     return model.generate(
-        **batch, **given, max_new_tokens=tokens, do_sample=False, pad_token_id=padding, use_cache=True,
+        **batch, **given, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, min_length=0, pad_token_id=padding, eos_token_id=end, use_cache=True,
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
 

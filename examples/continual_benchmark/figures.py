@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from continual_benchmark.collect import Run, comparable, read_runs
-from continual_benchmark.scores import WAYS, matrix_of
+from continual_benchmark.scores import WAYS, all_tested, matrix_of
 from peft_aso.metrics import average_accuracy, forgetting, forward_transfer
 
 Row = dict[str, Any]
@@ -60,10 +61,10 @@ def by_stage(measure: str) -> Callable[[list[Run], str], list[Row]]:
             matrix = matrix_of(run.results["tasks"], stages, way)
             alone = run.results["summary"][way]["alone"]
             for stage, task in enumerate(run.results["tasks"]):
-                value = math.nan
-                if measure == "AA":
+                value, tested = math.nan, all_tested(run.results, stage + 1)
+                if measure == "AA" and tested:
                     value = average_accuracy(matrix, stage=stage)
-                elif measure == "FM" and stage:
+                elif measure == "FM" and tested and stage:
                     value = forgetting(matrix, stage=stage)
                 elif measure == "FWT" and stage and alone:
                     value = forward_transfer(matrix, alone, stage=stage)
@@ -94,16 +95,22 @@ def coefficients(kind: str) -> Callable[[list[Run], str], list[Row]]:
         rows = []
         for run in runs:
             for stage in run.results["stages"]:
-                before: dict[str, float] = {}
-                for entry in (each for each in stage["log"] if any(name.startswith("similarity/") for name in each)):
-                    found = {name: value for name, value in entry.items() if name.startswith(f"{kind}/")}
-                    if found and found != before:
-                        before = found
-                        start = {"run": _name(run, runs), "task": stage["task"]}
-                        rows += [{**start, "earlier": key.split("/", 1)[1], kind: w} for key, w in found.items()]
+                start = {"run": _name(run, runs), "task": stage["task"]}
+                for found in _refreshes(stage["log"], f"{kind}/"):
+                    rows += [{**start, "earlier": key.split("/", 1)[1], kind: value} for key, value in found.items()]
         return rows
 
     return rows_of
+
+
+def _refreshes(log: list[dict[str, float]], prefix: str) -> list[dict[str, float]]:
+    """The values that begin so, each time that they change, of a task that has a w."""
+    found = [
+        {name: value for name, value in entry.items() if name.startswith(prefix)}
+        for entry in log
+        if any(name.startswith("similarity/") for name in entry)
+    ]
+    return [now for before, now in zip([{}, *found], found, strict=False) if now and now != before]
 
 
 def layers(runs: list[Run], way: str) -> list[Row]:
@@ -179,16 +186,33 @@ def _violins(axes: Any, rows: list[Row]) -> None:
 
 def _by_layer(axes: Any, rows: list[Row]) -> None:
     pairs = dict.fromkeys((row["run"], row["task"], row["earlier"]) for row in rows)
+    several = len({run for run, _, _ in pairs}) > 1
     for run, task, earlier in pairs:
         own = [row for row in rows if (row["run"], row["task"], row["earlier"]) == (run, task, earlier)]
-        axes.plot([row["layer"] for row in own], [row["psi"] for row in own], label=f"{task} to {earlier}")
+        label = f"{task} to {earlier}" + f", {run}" * several
+        axes.plot([row["layer"] for row in own], [row["psi"] for row in own], label=label)
     axes.set(xlabel="layer", ylabel="psi")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize="x-small")
 
 
+def _grids(axes: Any, rows: list[Row]) -> None:
+    """One grid a run, in the place of the axes."""
+    runs, figure = list(dict.fromkeys(row["run"] for row in rows)), axes.figure
+    across = math.ceil(math.sqrt(len(runs)))
+    down = math.ceil(len(runs) / across)
+    if len(runs) > 1:
+        axes.remove()
+        figure.set_size_inches(5 * across, 4 * down)
+    places = [axes] if len(runs) == 1 else figure.subplots(down, across, squeeze=False).flat
+    for run, place in itertools.zip_longest(runs, places):
+        if run is None:
+            place.remove()
+        else:
+            _grid(place, [row for row in rows if row["run"] == run])
+
+
 def _grid(axes: Any, rows: list[Row]) -> None:
-    rows = [row for row in rows if row["run"] == rows[0]["run"]]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     values = {(row["task"], row["other"]): row["similarity"] for row in rows}
     image = axes.imshow([[values.get((a, b), math.nan) for b in tasks] for a in tasks], vmin=0, vmax=1, cmap="viridis")
@@ -206,7 +230,7 @@ FIGURES: list[tuple[str, Callable[[list[Run], str], list[Row]], Callable[[Any, l
     ("similarity", coefficients("similarity"), _violins),
     ("psi", coefficients("psi"), _violins),
     ("psi_by_layer", layers, _by_layer),
-    ("outputs", agreement, _grid),
+    ("outputs", agreement, _grids),
 ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tasks import Task
 
 from .methods import METHODS
@@ -29,17 +29,20 @@ def take_first(settings: Settings, task: Task, folder: RunFolder) -> bool:
     if there is None or not (there / "stage.json").is_file():
         return False
     stage = json.loads((there / "stage.json").read_text(encoding="utf-8"))
-    folder.add_stage(stage, lambda new: shutil.copytree(there / "state", new, dirs_exist_ok=True) and None)
+    folder.add_state(lambda new: shutil.copytree(there / "state", new, dirs_exist_ok=True) and None, stage)
+    folder.add_stage(stage)
     return True
 
 
 def keep_first(settings: Settings, task: Task, folder: RunFolder, stage: dict[str, Any]) -> None:
-    """Keep the first stage of this run for others."""
+    """Keep the first stage of this run for others, unless a run beside this one has."""
     there = first_folder(settings, task)
     if there is None:
         return
-    new = there.with_name(f"{there.name}.{os.getpid()}")
-    shutil.rmtree(there, ignore_errors=True)
-    shutil.copytree(folder.state(0), new / "state")
-    os.replace(new, there)
-    write_json(there / "stage.json", stage)  # last: it counts when the state is there
+    there.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(there.with_name(f".{there.name}.lock")):
+        if (there / "stage.json").is_file():
+            return
+        shutil.rmtree(there, ignore_errors=True)
+        shutil.copytree(folder.state(0), there / "state")
+        write_json(there / "stage.json", stage)  # last: it counts when the state is there

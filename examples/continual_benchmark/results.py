@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from .settings import Settings, completed
 
 Correct = dict[str, dict[str, list[bool]]]  # task, way of scoring, test example
+TRAINED = "trained.json"  # in a state's folder
 
 
 class RunFolder:
@@ -60,16 +61,25 @@ class RunFolder:
             found.append(json.loads(file.read_text(encoding="utf-8")))
         return found
 
-    def add_stage(self, stage: dict[str, Any], save: Callable[[Path], None]) -> None:
-        """Write one more stage and the state after it; the state of the one before goes."""
-        number = len(self.stages())
-        state, new = self.state(number), self.path / "state.new"
+    def add_state(self, save: Callable[[Path], None], trained: dict[str, Any]) -> None:
+        """Write the state after the next stage's training, and what is known of that stage before its tests."""
+        state, new = self.state(len(self.stages())), self.path / "state.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save(new)
+        write_json(new / TRAINED, trained)
         shutil.rmtree(state, ignore_errors=True)
         os.replace(new, state)
-        write_json(self._stage(number), stage)  # last: a stage counts when its state is there
+
+    def trained(self) -> dict[str, Any] | None:
+        """What is known of a stage that was trained and then stopped before its tests were through."""
+        file = self.state(len(self.stages())) / TRAINED
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def add_stage(self, stage: dict[str, Any]) -> None:
+        """Write one more stage, whose state is there; the state of the one before goes."""
+        number = len(self.stages())
+        write_json(self._stage(number), stage)
         if number > 0:
             shutil.rmtree(self.state(number - 1), ignore_errors=True)
 
@@ -77,10 +87,14 @@ class RunFolder:
         """The folder with the state after stage `number`."""
         return self.path / f"state_{number + 1:02d}"
 
-    def finish(self, results: dict[str, Any]) -> Path:
+    def results(self) -> dict[str, Any] | None:
+        """The results of a finished run."""
+        file = self.path / "results.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def finish(self, results: dict[str, Any]) -> None:
         """Write the results; the last state stays."""
         write_json(self.path / "results.json", results)
-        return self.path / "results.json"
 
     def _stage(self, number: int) -> Path:
         return self.path / "stages" / f"{number + 1:02d}.json"
@@ -96,6 +110,6 @@ def folder_of(settings: Settings, order: str) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")  # runs beside each other share some folders
     new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(new, path)

@@ -49,12 +49,21 @@ def _mean(answers: Sequence[bool], name: str, draw: Draw | None) -> float:
 
 def measures(matrix: Matrix, alone: Sequence[float] | None) -> dict[str, float]:
     """The four numbers after the last stage; those that a chain of one task has not are left out."""
-    found = {"AA": average_accuracy(matrix)}
-    if len(matrix) > 1:
-        found |= {"FM": forgetting(matrix), "BWT": backward_transfer(matrix)}
-        if alone is not None:
-            found["FWT"] = forward_transfer(matrix, alone)
-    return found
+    names = ["AA"] if len(matrix) == 1 else ["AA", "FM", "BWT", "FWT"]
+    return {name: measure(name, matrix, alone) for name in names if name != "FWT" or alone is not None}
+
+
+def measure(name: str, matrix: Matrix, alone: Sequence[float] | None) -> float:
+    """One of the four numbers after the last stage; FWT needs the tasks learned alone."""
+    if name == "FWT":
+        assert alone is not None
+        return forward_transfer(matrix, alone)
+    return {"AA": average_accuracy, "FM": forgetting, "BWT": backward_transfer}[name](matrix)
+
+
+def all_tested(results: dict[str, Any], after: int) -> bool:
+    """Whether all tasks until then were tested after so many: not so within a run with `--tested new`."""
+    return set(results["tasks"][:after]) <= set(results["stages"][after - 1]["correct"])
 
 
 def draws(stages: Sequence[Correct], count: int = DRAWS, seed: int = 0) -> list[Draw]:
@@ -88,9 +97,9 @@ def summary(names: Sequence[str], stages: Sequence[Correct], alone: Correct | No
 
 
 def difference(
-    ours: dict[str, Any], theirs: dict[str, Any], way: str, measure: str = "AA", after: int | None = None
+    ours: dict[str, Any], theirs: dict[str, Any], way: str, name: str = "AA", after: int | None = None
 ) -> tuple[float, list[float]]:
-    """How much more of `measure` the first of two runs has, and the paired 95% interval of that.
+    """How much more of a measure the first of two runs has, and the paired 95% interval of that.
 
     Args:
         after: as it stood after so many tasks; all of them if left out.
@@ -98,11 +107,11 @@ def difference(
     Raises:
         ValueError: runs with other tasks or other test examples.
     """
-    return mean_difference([(ours, theirs)], way, measure, after)
+    return mean_difference([(ours, theirs)], way, name, after)
 
 
 def mean_difference(
-    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], way: str, measure: str = "AA", after: int | None = None
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], way: str, name: str = "AA", after: int | None = None
 ) -> tuple[float, list[float]]:
     """The mean of `difference` over pairs of runs, such as those of some orders of the same tasks, and its interval.
 
@@ -114,11 +123,11 @@ def mean_difference(
     found, gaps, sizes = [], [], []
     for pair in pairs:
         stages = [[stage["correct"] for stage in each["stages"][:after]] for each in pair]
-        sizes += [{name: len(ways[way]) for right in each for name, ways in right.items()} for each in stages]
+        sizes += [{task: len(ways[way]) for right in each for task, ways in right.items()} for each in stages]
         measured: list[Callable[[Draw | None], float]] = [
-            lambda draw, names=each["tasks"][:after], stages=stages, alone=each["alone"]: measures(  # type: ignore[misc]
-                matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)
-            )[measure]
+            lambda draw, names=each["tasks"][:after], stages=stages, alone=each["alone"]: measure(  # type: ignore[misc]
+                name, matrix_of(names, stages, way, draw), alone_of(names, alone, way, draw)
+            )
             for each, stages in zip(pair, stages, strict=True)
         ]
         if any(each != sizes[0] for each in sizes):

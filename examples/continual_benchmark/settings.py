@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +19,28 @@ _ALONE = (
 )  # fmt: skip
 # where a run lies and how it is shown does not change what comes out
 _ELSEWHERE = ("out", "name", "references", "no_reference", "threads")
+
+
+# what numbers there may be
+Fits = tuple[Callable[[Any], bool], str]
+COUNT: Fits = (lambda value: value >= 1, "of 1 or more")
+WEIGHT: Fits = (lambda value: value >= 0, "of 0 or more")
+SHARE: Fits = (lambda value: 0 < value <= 1, "above 0, up to 1")
+POSITIVE: Fits = (lambda value: value > 0, "above 0")
+# for which methods an option does something; those that are not here: for all
+FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("init", "forward_history", "l2_weight"), ("aso_lora", "o_lora", "inc_lora")),
+    **dict.fromkeys(("penalty_weight", "diagnose"), ("aso_lora", "o_lora")),
+    "fixed_a": ("aso_lora", "inc_lora"),
+    **dict.fromkeys(
+        ("penalty", "attribution_model", "aggregation", "absolute", "similarity", "granularity", "source", "clip",
+         "refresh", "probe", "steps", "quadrature"), ("aso_lora",)),
+    "scope": ("replay", "ewc", "lwf"),
+    "replay": ("replay",),
+    **dict.fromkeys(("ewc_weight", "ewc_examples"), ("ewc",)),
+    **dict.fromkeys(("lwf_weight", "lwf_temperature"), ("lwf",)),
+    "osf_rank": ("osf",),
+}  # fmt: skip
 
 
 def _option(default: Any, help_: str, group: str = "run", **more: Any) -> Any:
@@ -41,35 +63,39 @@ class Settings:
     name: str | None = _option(None, "of that folder; method, order and seed unless given")
     references: Path | None = _option(None, "where tasks learned alone are kept, for FWT; OUT/alone unless given")
     no_reference: bool = _option(False, "do without FWT, which needs every task learned alone once")
-    threads: int | None = _option(None, "of torch, on the CPU")
+    threads: int | None = _option(None, "of torch, on the CPU", fits=COUNT)
 
     full: bool = _option(False, "the full splits where there are any", "data")
-    train_limit: int | None = _option(None, "at most this many training examples a task", "data")
-    test_limit: int | None = _option(None, "at most this many test examples a task", "data")
+    train_limit: int | None = _option(None, "at most this many training examples a task", "data", fits=COUNT)
+    test_limit: int | None = _option(None, "at most this many test examples a task", "data", fits=COUNT)
     validation: bool = _option(False, "test on the last fifth of the training data; the test split stays shut", "data")
     tested: str = _option("seen", "after each stage: all tasks seen so far, or only the new one; after the last, all",
                           "data", choices=("seen", "new"))  # fmt: skip
     score: str = _option("generate", "exact match of what is generated, likelihood of the options, or both", "data",
                          choices=("generate", "options", "both"))  # fmt: skip
 
-    epochs: float = _option(1.0, "passes over a task's examples", "training")
-    batch_size: int = _option(16, "examples a step (the paper: 64)", "training")
-    lr: float = _option(1e-3, "learning rate of adapters", "training")
-    lr_full: float = _option(5e-5, "learning rate where all weights are trained", "training")
-    max_tokens: int = _option(512, "a longer prompt loses its middle", "training")
+    epochs: float = _option(1.0, "passes over a task's examples", "training", fits=POSITIVE)
+    batch_size: int = _option(16, "examples a step (the paper: 64)", "training", fits=COUNT)
+    lr: float = _option(1e-3, "learning rate of adapters", "training", fits=WEIGHT)
+    lr_full: float = _option(5e-5, "learning rate where all weights are trained", "training", fits=WEIGHT)
+    max_tokens: int = _option(512, "a longer prompt loses its middle", "training", fits=COUNT)
     part: int | None = _option(
-        None, "examples of a step that go through the model at once; 4 on a CPU, all on a GPU unless given", "training"
+        None,
+        "examples of a step that go through a decoder at once, for speed: memory is that of the whole step; 4 on a "
+        "CPU, all on a GPU unless given",
+        "training",
+        fits=COUNT,
     )
     precision: str = _option("auto", "of products: bf16 autocast, float32, or what is faster here", "training",
                              choices=("auto", "bf16", "float32"))  # fmt: skip
-    rank: int = _option(8, "r", "adapter")
-    alpha: int = _option(32, "the adapter is scaled by alpha / r", "adapter")
+    rank: int = _option(8, "r", "adapter", fits=COUNT)
+    alpha: int = _option(32, "the adapter is scaled by alpha / r", "adapter", fits=COUNT)
     dropout: float = _option(0.1, "in front of A", "adapter")
     target_modules: tuple[str, ...] | None = _option(
         None, "names with commas; q and v projections unless given", "adapter"
     )
     lr_a: float | None = _option(
-        None, "learning rate of A alone; 0: A stays as it starts, only B is trained", "adapter"
+        None, "learning rate of A alone; 0: A stays as it starts, only B is trained", "adapter", fits=WEIGHT
     )
 
     init: str = _option(
@@ -88,8 +114,9 @@ class Settings:
         None,
         "lambda: one number, or one for each task of the order with commas; the form's default unless given",
         "ASO-LoRA",
+        fits=WEIGHT,
     )
-    l2_weight: float = _option(0.0, "lambda_2 of the O-LoRA scripts", "ASO-LoRA")
+    l2_weight: float = _option(0.0, "lambda_2 of the O-LoRA scripts", "ASO-LoRA", fits=WEIGHT)
     forward_history: str = _option("stacked", "is the history in the forward pass while a task trains?", "ASO-LoRA",
                                    choices=("stacked", "isolated"))  # fmt: skip
     attribution_model: str = _option("auto", "what the model of a task is", "ASO-LoRA",
@@ -102,9 +129,14 @@ class Settings:
     source: str = _option("current", "the history's vectors: on the new task's data, or stored", "ASO-LoRA",
                           choices=("current", "stored"))  # fmt: skip
     clip: bool = _option(False, "keep psi within 0 and 1", "ASO-LoRA")
-    refresh: float = _option(0.25, "fraction of a run, or steps, between two refreshes of psi", "ASO-LoRA")
-    probe: int = _option(8, "examples on which attribution is computed", "ASO-LoRA")
-    steps: int = _option(20, "m of the integral (Eq. 10)", "ASO-LoRA")
+    refresh: float = _option(
+        0.25, "fraction of a run, or steps, between two refreshes of psi (AttributionConfig: 0.1)", "ASO-LoRA",
+        fits=POSITIVE,
+    )  # fmt: skip
+    probe: int = _option(
+        8, "examples on which attribution is computed (AttributionConfig: 16)", "ASO-LoRA", fits=COUNT
+    )
+    steps: int = _option(20, "m of the integral (Eq. 10)", "ASO-LoRA", fits=COUNT)
     quadrature: str = _option(
         "adaptive", "of the integral", "ASO-LoRA", choices=("adaptive", "riemann", "gauss_legendre")
     )
@@ -112,16 +144,22 @@ class Settings:
     scope: str = _option(
         "lora", "replay, ewc, lwf: train the LoRA weights or all", "baselines", choices=("lora", "full")
     )
-    replay: float = _option(0.02, "part of each earlier task that Replay keeps", "baselines")
-    ewc_weight: float = _option(1000.0, "of EWC's penalty", "baselines")
-    ewc_examples: int = _option(100, "on which EWC's Fisher information is taken, a task", "baselines")
-    lwf_weight: float = _option(1.0, "of LwF's distillation", "baselines")
-    lwf_temperature: float = _option(2.0, "of LwF's distillation", "baselines")
+    replay: float = _option(0.02, "part of each earlier task that Replay keeps", "baselines", fits=SHARE)
+    ewc_weight: float = _option(1000.0, "of EWC's penalty", "baselines", fits=WEIGHT)
+    ewc_examples: int = _option(100, "on which EWC's Fisher information is taken, a task", "baselines", fits=COUNT)
+    lwf_weight: float = _option(1.0, "of LwF's distillation", "baselines", fits=WEIGHT)
+    lwf_temperature: float = _option(2.0, "of LwF's distillation", "baselines", fits=POSITIVE)
     osf_rank: float = _option(
-        0.5, "part of the singular directions that OSF keeps after the first task; grows to 1", "baselines"
+        0.5, "part of the singular directions that OSF keeps after the first task; grows to 1", "baselines", fits=SHARE
     )
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if "fits" in each.metadata and value is not None:
+                fits, words = each.metadata["fits"]
+                if not all(map(fits, value if isinstance(value, tuple) else [value])):
+                    raise SystemExit(f"{_flag(each.name)} {value}: give a number {words}.")
         if self.penalty_weight is not None and len(self.penalty_weight) > 1:
             from .orders import order_of
 
@@ -163,7 +201,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """The command line.
 
     Raises:
-        SystemExit: an argument that is wrong, with what it should be.
+        SystemExit: an argument that is wrong, with what it should be; an option that does nothing with this method.
     """
     parser = argparse.ArgumentParser(
         prog="run.py",
@@ -176,9 +214,20 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     hints = get_type_hints(Settings)
     for each in fields(Settings):
         groups[each.metadata["group"]].add_argument(
-            "--" + each.name.replace("_", "-"), **_argument(each, hints[each.name])
+            _flag(each.name), **_argument(each, hints[each.name])
         )
-    return Settings(**vars(parser.parse_args(arguments)))
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    usual = Settings()
+    for name, methods in FOR.items():
+        if settings.method not in methods and getattr(settings, name) != getattr(usual, name):
+            raise SystemExit(
+                f"{_flag(name)} does nothing with --method {settings.method}: it is for {', '.join(methods)}."
+            )
+    return settings
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _argument(each: Field[Any], hint: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ FILE is for instance examples/continual_benchmark/plans/methods.txt. What comes 
 Finished runs are left out, so that a queue that was stopped goes on; a run that fails is said at the end, and the
 others go on. One run at a time, unless `--jobs 4` says otherwise: a GPU has room for several. On a CPU the jobs share
 the cores, each with threads of its own (`OMP_NUM_THREADS`, if set, decides): about as many runs an hour, less in each
-other's way, at 2 to 4 GiB each. Tasks learned alone are shared by runs that come later, not by those beside them.
+other's way, at 2 to 4 GiB each. Tasks learned alone are shared: runs beside each other wait for them.
 """
 
 from __future__ import annotations

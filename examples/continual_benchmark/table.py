@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from continual_benchmark.collect import Run, comparable, read_runs
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
-from continual_benchmark.scores import WAYS, changes, mean_difference, wrong_answers
+from continual_benchmark.scores import WAYS, all_tested, changes, mean_difference, wrong_answers
 
 Rows = list[list[str]]
 
@@ -48,11 +48,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def table(options: argparse.Namespace) -> str:
     """The table as text."""
-    runs = [run for run in read_runs(options.folders) if options.way in run.results["summary"]]
+    read = read_runs(options.folders)
+    runs = [run for run in read if options.way in run.results["summary"]]
     if not runs:
         raise SystemExit(f"No run there was scored by --way {options.way}.")
+    for run in (each for each in read if each not in runs):
+        print(f"Left out, not scored by --way {options.way}: {run.path}", file=sys.stderr)
     comparable(runs)
     rows = (by_difference if options.against else SHAPES[options.shape])(runs, options)
+    rows[0][0] = rows[0][0] or f"by --way {options.way}"
     return latex(rows) if options.latex else markdown(rows)
 
 
@@ -69,9 +73,8 @@ def by_order(runs: list[Run], options: argparse.Namespace) -> Rows:
     if paper:
         for name, numbers in AVERAGE_ACCURACY[paper].items():
             theirs = [numbers[int(order) - 1] if order.isdigit() else None for order in orders]
-            rows.append(
-                [f"{name}, {paper} in the paper", *map(_cell, theirs), _average([[v] if v else [] for v in theirs])]
-            )
+            average = _average([[] if value is None else [value] for value in theirs])
+            rows.append([f"{name}, {paper} in the paper", *map(_cell, theirs), average])
     return rows
 
 
@@ -81,7 +84,7 @@ def by_task(runs: list[Run], options: argparse.Namespace) -> Rows:
     rows: Rows = []
     for order in sorted({run.order for run in runs}):
         here = [run for run in runs if run.order == order]
-        rows.append([_order(order), *here[0].results["tasks"]])
+        rows.append([f"{_order(order)}, {way}", *here[0].results["tasks"]])
         for label in dict.fromkeys(run.label for run in here):
             last = [run.results["summary"][way]["matrix"][-1] for run in here if run.label == label]
             rows.append([label, *(spread(list(values)) for values in zip(*last, strict=True))])
@@ -178,9 +181,12 @@ def _difference(pairs: list[tuple[Run, Run]], options: argparse.Namespace) -> st
         stages = len(run.results["stages"])
         if options.after is not None and not 1 <= options.after <= stages:
             raise SystemExit(f"--after {options.after}: {run.path} has {stages} tasks.")
-    known = all(options.measure in each.results["summary"][options.way] for pair in pairs for each in pair)
-    if not known or (options.after == 1 and options.measure != "AA"):
-        return "-"  # FM and BWT are of two tasks and more, FWT needs each task learned alone
+    each_run = [each for pair in pairs for each in pair]
+    known = all(options.measure in each.results["summary"][options.way] for each in each_run)
+    tested = options.after is None or all(all_tested(each.results, options.after) for each in each_run)
+    unlike = options.measure == "FM" and any(run.settings["tested"] != peer.settings["tested"] for run, peer in pairs)
+    if not (known and tested) or unlike or (options.after == 1 and options.measure != "AA"):
+        return "-"  # FM and BWT are of two tasks and more, FWT needs each task learned alone, FM the same tests
     both = [(run.results, peer.results) for run, peer in pairs]
     return _between(*mean_difference(both, options.way, options.measure, options.after), "+")
 
@@ -230,5 +236,10 @@ def latex(rows: Rows) -> str:
                       r"\hline", r"\end{tabular}"])  # fmt: skip
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    print(table(parse(arguments)))
+
+
 if __name__ == "__main__":
-    print(table(parse()))
+    main()

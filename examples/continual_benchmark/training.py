@@ -60,6 +60,7 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
             bf16=in_bf16(settings),
             use_cpu=best_device().type == "cpu",
             logging_steps=1,
+            logging_nan_inf_filter=False,  # it would log 0 in place of a loss that is not a number
             save_strategy="no",
             report_to=[],
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -79,9 +80,9 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
         trainer.add_callback(Bar())
         trainer.train()
         logs = [_numbers(entry) for entry in trainer.state.log_history if "loss" in entry]
-    method.end_task(task, rows)
     if not all(math.isfinite(entry["loss"]) for entry in logs):
         raise RuntimeError(f"{task.name}: the loss is not a number any more; lower --lr, or use --precision float32.")
+    method.end_task(task, rows)
     return logs
 
 

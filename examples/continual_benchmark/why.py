@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
-from tasks import Task, load_model
+from tasks import Task, best_device, load_model
 
 from continual_benchmark.data import read_tasks
 from continual_benchmark.evaluation import answer
@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     names = results["tasks"]
     tasks = read_tasks(names, settings)
     base, tokenizer = load_model(settings.model)
-    model = load_chain(base, folder).eval()
+    model = load_chain(base.to(best_device()), folder).eval()
     method = ASOLoRA(base, tokenizer, settings)
     print("Reading the inputs of each task ...", flush=True)
     moments = {task.name: _normed(second_moments(model, task.name, method.few_batches(task))) for task in tasks}

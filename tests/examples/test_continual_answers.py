@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,17 @@ def test_what_is_generated_is_what_generate_says_to_each_prompt(
     known = torch.arange(len(head.weight))[:, None] < len(tokenizer)
     head.weight = torch.nn.Parameter(torch.randn(head.weight.shape) * 10 * known)
     task = random_task(data, shared)
+    usual = copy.deepcopy(model.generation_config)
+    model.generation_config.update(repetition_penalty=9.0, num_beams=2, no_repeat_ngram_size=1, min_length=99)
     found = benchmark("evaluation").answer(model, tokenizer, task, "generate")
+    model.generation_config = usual  # what is asked for is exact match with the likeliest tokens
     assert found.scores is None and not found.likeliest(task)
     assert len(set(found.generated) - {""}) > (3 if name == "llama" else 0)
     for (prompt, _), text in zip(task.test, found.generated, strict=True):
         ids = torch.tensor([tokenizer(prompt).input_ids])
         new = model.eval().generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         new = new[0] if name == "t5" else new[0, ids.shape[1] :]
         assert tokenizer.decode(new, skip_special_tokens=True) == text

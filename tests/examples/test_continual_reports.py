@@ -33,14 +33,14 @@ def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
     found = rows()
-    assert found[0] == ["", "colors-signs", "Avg."]
+    assert found[0] == ["by --way generate", "colors-signs", "Avg."]
     assert [row[0] for row in found[2:]] == ["ASO-LoRA", "IncLoRA", "O-LoRA"]
     results = [json.loads(path.read_text()) for path in sorted(finished.glob("inc_lora*/results.json"))]
     values = [each["summary"]["generate"]["AA"] for each in results]
     deviation = abs(values[0] - values[1]) / 2**0.5
     assert found[3][1] == f"{sum(values) / 2:.1f} ± {deviation:.1f}"
     tasks = rows("--shape", "tasks", "--way", "options")
-    assert tasks[0] == ["colors-signs", "colors", "signs"]
+    assert tasks[0] == ["colors-signs, options", "colors", "signs"]
     matrix = results[0]["summary"]["generate"]["matrix"]
     measures = rows("--shape", "measures")
     assert len(measures) == 2 + 4 and measures[3][3].startswith(f"{sum(matrix[-1]) / 2:.1f} (")
@@ -60,15 +60,19 @@ def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
 
 def test_a_run_is_called_by_what_is_unusual_in_it(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
-    looked_at = {"score": "options", "tested": "new", "diagnose": True}
+    looked_at = {"score": "options", "diagnose": True}
     unusual = {"penalty_weight": [5.0], "init": "inputs", "fixed_a": True}
-    for name, more in (("plain", {}), ("looked at", looked_at), ("other", unusual)):
+    other = {"method": "osf", "tested": "new", "lr": 0.5, "replay": 0.5}
+    for name, more in (("plain", {}), ("looked at", looked_at), ("other", unusual), ("osf", other)):
         (tmp_path / name).mkdir()
         changed = {**results, "settings": {**results["settings"], **more}}
         (tmp_path / name / "results.json").write_text(json.dumps(changed))
     labels = {run.path.name: run.label for run in benchmark("collect").read_runs([tmp_path])}
     assert labels["plain"] == labels["looked at"] == "ASO-LoRA"
     assert labels["other"] == "ASO-LoRA (init inputs, fixed a yes, penalty weight 5)"
+    assert labels["osf"] == "ASO-LoRA (tested new, lr 0.5)", "what all methods have; not a setting of Replay's"
+    with pytest.raises(SystemExit, match="are the same run: leave one out"):
+        benchmark("table").main([str(tmp_path)])
 
 
 def test_the_papers_numbers_stand_beside_ours(benchmark: Any, finished: Path) -> None:
@@ -85,6 +89,50 @@ def test_the_papers_numbers_stand_beside_ours(benchmark: Any, finished: Path) ->
             assert averages == pytest.approx(paper.AVERAGE_ACCURACY[model][method][:3], abs=0.35)
     module = benchmark("table")
     assert "ASO-LoRA, t5-large in the paper" in module.table(module.parse([str(finished), "--paper", "t5-large"]))
+
+
+def test_a_zero_in_the_paper_is_a_number(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    text = next(finished.glob("inc_lora*seed0/results.json")).read_text()
+    (model,) = (name for name, rows in benchmark("paper").AVERAGE_ACCURACY.items() if rows["SeqLoRA"][3] == 0)
+    results = json.loads(text)
+    results["tasks"] = list(benchmark("orders").order_of("4"))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    module = benchmark("table")
+    lines = module.table(module.parse([str(tmp_path), "--paper", model])).splitlines()
+    assert [line.split("|")[2:4] for line in lines if line.startswith("| SeqLoRA")] == [[" 0.0 ", " 0.0 "]]
+
+
+def test_runs_that_tested_only_the_new_task(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    """They have no average within, and not the same forgetting, and say so."""
+    table, figures = benchmark("table"), benchmark("figures")
+    for name in ("inc_lora", "aso_lora", "o_lora"):
+        results = json.loads(next(finished.glob(f"{name}*seed0/results.json")).read_text())
+        first, second = results["stages"]
+        between = {**second, "correct": {"signs": second["correct"]["signs"]}}
+        last = {**second, "task": "more", "correct": {**second["correct"], "more": second["correct"]["signs"]}}
+        results |= {"tasks": ["colors", "signs", "more"], "alone": None, "stages": [first, between, last]}
+        results["settings"]["tested"] = "new"
+        if name == "o_lora":
+            between["correct"], results["settings"]["tested"] = second["correct"], "seen"
+        results["summary"] = benchmark("scores").summary(
+            results["tasks"], [each["correct"] for each in results["stages"]], None
+        )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+
+    def cells(*more: str) -> dict[str, str]:
+        text = table.table(table.parse([str(tmp_path), "--against", "inc_lora", *more]))
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+        return {row[0].split()[0]: row[3] for row in rows}
+
+    assert all(cell != "-" for cell in cells().values())
+    assert set(cells("--after", "2").values()) == {"-"} and "-" not in cells("--after", "1").values()
+    forgetting = cells("--measure", "FM")
+    assert forgetting["ASO-LoRA"] != "-" and forgetting["O-LoRA"] == "-"
+    figures.draw(figures.parse([str(tmp_path), "--out", str(tmp_path / "figures")]))
+    lines = (tmp_path / "figures" / "average_accuracy_colors-signs-more.csv").read_text().splitlines()[1:]
+    stages = {name: [line.split(",")[1] for line in lines if line.startswith(name)] for name in ("IncLoRA", "O-LoRA")}
+    assert stages == {"IncLoRA": ["1", "3"], "O-LoRA": ["1", "2", "3"]}
 
 
 def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tmp_path: Path) -> None:

@@ -64,6 +64,24 @@ def test_the_command_line_is_the_settings(benchmark: Any) -> None:
             module.parse(wrong)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--method seq_lora --scope full", "--scope does nothing with --method seq_lora: it is for replay, ewc, lwf"),
+        ("--method inc_lora --penalty-weight 5", "--penalty-weight does nothing with --method inc_lora"),
+        ("--method o_lora --penalty squared --similarity none", "--similarity does nothing with --method o_lora"),
+        ("--method o_lora --fixed-a", "--fixed-a does nothing"),
+        ("--method replay --replay 2", "--replay 2.0: give a number above 0, up to 1"),
+        ("--test-limit 0", "--test-limit 0: give a number of 1 or more"),
+        ("--epochs 0", "--epochs 0.0: give a number above 0"),
+        ("--penalty-weight -1", "--penalty-weight .*: give a number of 0 or more"),
+    ],
+)
+def test_options_that_do_nothing_or_cannot_be_are_refused(benchmark: Any, line: str, words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        benchmark("settings").parse(line.split())
+
+
 def test_every_setting_of_a_run_is_written_down(benchmark: Any) -> None:
     module = benchmark("settings")
     written = module.Settings().chosen()
@@ -76,10 +94,12 @@ def test_the_orders_are_table_4(benchmark: Any) -> None:
     assert orders.order_of("1") == ("dbpedia", "amazon", "yahoo", "agnews")
     assert orders.order_of("2") == ("dbpedia", "amazon", "agnews", "yahoo")
     assert orders.order_of("3") == ("yahoo", "amazon", "agnews", "dbpedia")
-    longer = [orders.order_of(number) for number in ("4", "5", "6")]
-    assert len({frozenset(tasks) for tasks in longer}) == 1 and all(len(tasks) == 15 for tasks in longer)
-    assert [tasks[0] for tasks in longer] == ["MNLI", "MultiRC", "yelp"]
-    assert [tasks[-1] for tasks in longer] == ["yahoo", "yahoo", "WiC"]
+    longer = {
+        "4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
+        "5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo",
+        "6": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
+    }
+    assert {number: " ".join(orders.order_of(number)) for number in longer} == longer
     for wrong in ("7", "", "a,b,a"):
         with pytest.raises(SystemExit):
             orders.order_of(wrong)
@@ -144,6 +164,120 @@ def test_a_folder_of_other_settings_is_refused(
     assert again["stages"] == before["stages"], "a finished run is not run again"
 
 
+def test_a_finished_run_keeps_its_forward_transfer(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = settings_of(benchmark, data, saved["llama"], tmp_path, method="seq_lora")
+    benchmark("chain").run(dataclasses.replace(settings, no_reference=True))
+    found = benchmark("chain").run(settings)
+    assert "FWT" in found["summary"]["generate"], "it had none, and was asked for it"
+    file = Path(found["folder"]) / "results.json"
+    written = file.read_bytes()
+    benchmark("chain").run(dataclasses.replace(settings, no_reference=True))
+    assert file.read_bytes() == written
+
+
+def test_what_auto_means_is_decided_once_for_a_run(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(
+        benchmark, data, saved["llama"], tmp_path, method="seq_lora", no_reference=True, precision="auto"
+    )
+    for faster in (False, True):  # a busy machine, or another one
+        monkeypatch.setattr(benchmark("training"), "bf16_is_faster", lambda faster=faster: faster)
+        found = benchmark("chain").run(settings)
+        assert found["settings"]["precision"] == "float32"
+    with pytest.raises(SystemExit, match="precision 'float32', not 'bf16'"):
+        benchmark("chain").run(dataclasses.replace(settings, precision="bf16"))
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = settings_of(
+        benchmark, data, saved["llama"], tmp_path, method="seq_ft", no_reference=True, lr_full=1e30, epochs=3.0
+    )
+    with pytest.raises(RuntimeError, match="colors: the loss is not a number any more; lower --lr"):
+        benchmark("chain").run(settings)
+    assert not list(tmp_path.rglob("stages/*.json")) and not list(tmp_path.rglob("state_*"))
+
+
+def test_a_run_that_was_stopped_in_its_tests_does_not_train_again(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = benchmark("chain")
+    expected = chain.run(settings_of(benchmark, data, saved["llama"], tmp_path / "whole", method="ewc"))
+    settings = settings_of(benchmark, data, saved["llama"], tmp_path / "cut", method="ewc", no_reference=True)
+    learn, answer, learned, asked = chain.learn, chain.answer, [], []
+
+    def stopped(*args: Any) -> Any:
+        asked.append(args[2].name)
+        if len(asked) in (1, 4):  # in the tests of the first stage, and within those of the second
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    monkeypatch.setattr(chain, "learn", lambda *args: learned.append(args[1].name) or learn(*args))
+    monkeypatch.setattr(chain, "answer", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            chain.run(settings)
+    found = chain.run(settings)
+    assert learned == ["colors", "signs"]
+    for ours, theirs in zip(found["stages"], expected["stages"], strict=True):
+        assert ours["correct"] == theirs["correct"] and set(ours) == set(theirs)
+        assert set(ours["seconds"]) == {"training", "testing"}
+
+
+def test_lora_methods_begin_alike(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    """The same A, examples and dropout in the first stage, whatever comes later: differences are the methods'."""
+    logs = []
+    for method in ("inc_lora", "seq_lora", "replay", "ewc", "lwf", "per_task_lora"):
+        settings = settings_of(
+            benchmark, data, saved["llama"], tmp_path / method, method=method, no_reference=True, dropout=0.1
+        )
+        logs.append([entry["loss"] for entry in benchmark("chain").run(settings)["stages"][0]["log"]])
+    assert all(log == pytest.approx(logs[0], rel=1e-4) for log in logs)
+
+
+@pytest.mark.parametrize(("method", "weight"), [("ewc", "ewc_weight"), ("lwf", "lwf_weight")])
+def test_what_a_method_adds_to_the_loss_is_trained_on(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, method: str, weight: str
+) -> None:
+    changes = {"method": method, "no_reference": True, "epochs": 4.0, "lr": 0.05}
+    logs = {}
+    for value in (0.0, 1e4):
+        settings = settings_of(benchmark, data, saved["llama"], tmp_path / str(value), **{**changes, weight: value})
+        logs[value] = [stage["log"] for stage in benchmark("chain").run(settings)["stages"]]
+    first = [[entry["loss"] for entry in log[0]] for log in logs.values()]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    free, held = logs[0.0][1], logs[1e4][1]
+    assert all(entry["task_loss"] == pytest.approx(entry["loss"], rel=1e-4) for entry in free)
+    assert held[-1]["loss"] > held[-1]["task_loss"] and held[-1]["task_loss"] > 1.05 * free[-1]["task_loss"]
+
+
+def test_replay_trains_on_what_it_kept(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    steps = {}
+    for method in ("seq_lora", "replay"):
+        settings = settings_of(
+            benchmark, data, saved["llama"], tmp_path, method=method, no_reference=True, batch_size=1, replay=0.2
+        )
+        steps[method] = [len(stage["log"]) for stage in benchmark("chain").run(settings)["stages"]]
+    assert steps == {"seq_lora": [10, 10], "replay": [10, 12]}
+
+
+def test_a_task_alone_knows_nothing_of_another(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    for method in ("per_task_lora", "per_task_ft"):
+        logs = []
+        for order in ("signs", "colors,signs"):
+            settings = settings_of(
+                benchmark, data, saved["llama"], tmp_path / order, method=method, order=order, lr_full=1e-2
+            )
+            logs.append([entry["loss"] for entry in benchmark("chain").run(settings)["stages"][-1]["log"]])
+        assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
 def test_two_processes_at_one_run_are_refused(benchmark: Any, tmp_path: Path) -> None:
     results, chosen = benchmark("results"), benchmark("settings").Settings().chosen()
     with results.RunFolder(tmp_path, chosen), pytest.raises(SystemExit, match="another process.*--name"):
@@ -176,8 +310,12 @@ def test_the_first_stage_is_shared_where_it_is_the_same(
     run("stored", method="aso_lora", source="stored")
     run("longer", method="aso_lora", epochs=2.0)
     run("seq", method="seq_lora")
+    run("small", method="inc_lora", l2_weight=1.0)
+    run("inputs", method="inc_lora", init="inputs")
+    run("outside", method="inc_lora", init="inputs_hard")
     firsts = [name for name, index in learned if index == 0]
-    assert firsts == ["inc", "aso", "stored", "longer", "seq"], "no vectors, vectors, stored ones, other training"
+    assert firsts[:5] == ["inc", "aso", "stored", "longer", "seq"], "no vectors, vectors, stored ones, other training"
+    assert firsts[5:] == ["small", "inputs", "outside"], "another loss, and other examples for A"
     own = run("stronger", "own", method="aso_lora", penalty_weight=(5.0,), init="projected")
     for ours, theirs in zip(stronger["stages"], own["stages"], strict=True):
         assert ours["correct"] == theirs["correct"] and ours["psi"] == pytest.approx(theirs["psi"], rel=1e-4)
@@ -204,8 +342,18 @@ def test_data_is_limited_and_the_test_split_stays_shut(benchmark: Any, data: Pat
     assert few.train == whole.train[:3] and few.test == whole.test[:2]
     with pytest.raises(SystemExit, match="no task shapes there"):
         read(["shapes"], settings(data=str(data)))
-    with pytest.raises(SystemExit, match="0 to test on"):
-        read(["signs"], settings(data=str(data), test_limit=0))
+    broken = tmp_path / "signs"
+    shutil.copytree(data / "signs", broken)
+    (broken / "test.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"signs has no test\.jsonl"):
+        read(["signs"], settings(data=str(tmp_path)))
+    (broken / "test.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match=r"test\.jsonl, line 1, is no JSON"):
+        read(["signs"], settings(data=str(tmp_path)))
+    (broken / "labels.json").write_text('["maybe"]')
+    (broken / "test.jsonl").write_text((broken / "train.jsonl").read_text())
+    with pytest.raises(SystemExit, match="0 examples to train on and 0 to test on"):
+        read(["signs"], settings(data=str(tmp_path)))
 
 
 def test_tasks_of_the_hub_look_like_those_of_a_folder(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,12 @@ class ASOLoRA(Method):
 
     @classmethod
     def first_stage(cls, settings: Any) -> dict[str, Any]:
-        """A first task has no history: how A starts and which vectors are kept is all that matters."""
+        """A first task has no history: how A starts, lambda_2 and which vectors are kept is all that matters."""
         vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
-        start = settings.init.split("_")[0].replace("projected", "default")
-        found = {"adapters": start, "vectors": vectors}
-        return {**found, "fixed_a": True} if settings.fixed_a else found  # left out: first stages kept before it stand
+        # `inputs_hard` takes A from other examples than the two that the Trainer does not know of
+        start = {"projected": "default", "inputs_soft": "inputs"}.get(settings.init, settings.init)
+        unusual = {name: getattr(settings, name) for name in ("fixed_a", "l2_weight") if getattr(settings, name)}
+        return {"adapters": start, "vectors": vectors, **unusual}
 
     def config(self, index: int) -> ASOLoraConfig:
         """The settings of task number `index`."""

@@ -25,6 +25,7 @@ class LossTrainer(InPartsMixin, Trainer):
     """transformers' Trainer with what the method adds to the loss."""
 
     method: Method
+    task_loss: torch.Tensor | None = None  # of the last step, if the method added to it
 
     def compute_loss(
         self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -32,8 +33,16 @@ class LossTrainer(InPartsMixin, Trainer):
         loss, parts = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             more = self.method.training_loss(inputs, parts)
-            loss = loss if more is None else loss + more
+            if more is not None:
+                self.task_loss = loss.detach()
+                loss = loss + more
         return (loss, parts) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the task's own loss where the method added to it."""
+        if "loss" in logs and self.task_loss is not None:
+            logs = {**logs, "task_loss": float(self.task_loss)}
+        super().log(logs, *args, **kwargs)
 
 
 class Method:

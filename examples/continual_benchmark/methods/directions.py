@@ -18,11 +18,12 @@ def layers_with(model: Any, task: str) -> dict[str, Any]:
 def second_moments(model: Any, task: str, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Sum of x x' over the inputs of each layer of a model in eval mode, padding left out, float64 `(d, d)`."""
     found: dict[str, torch.Tensor] = {}
-    mask = torch.empty(0)
+    batch: dict[str, torch.Tensor] = {}
+    two_parts = model.config.is_encoder_decoder
 
     def add(name: str, inputs: torch.Tensor) -> None:
-        real = inputs[mask.bool()] if inputs.shape[:2] == mask.shape else inputs.reshape(-1, inputs.shape[-1])
-        real = real.double()
+        answers = two_parts and _in_decoder(name)
+        real = inputs[batch["labels"] != -100 if answers else batch["attention_mask"].bool()].double()
         found[name] = found.get(name, 0) + real.T @ real
 
     with ExitStack() as watched, torch.no_grad():
@@ -30,6 +31,12 @@ def second_moments(model: Any, task: str, batches: list[dict[str, Any]]) -> dict
             hook = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
             watched.callback(hook.remove)
         for batch in batches:
-            mask = batch["attention_mask"]
             model(**batch)
     return found
+
+
+def _in_decoder(name: str) -> bool:
+    """Whether a layer is given the decoder's states: keys and values of cross-attention are not."""
+    parts = name.split(".")
+    crosses = any("EncDecAttention" in part or "encoder_attn" in part for part in parts)
+    return "decoder" in parts and not (crosses and parts[-1] in ("k", "v", "k_proj", "v_proj"))
