@@ -122,23 +122,32 @@ def by_error(runs: list[Run], options: argparse.Namespace) -> Rows:
 def by_pair(runs: list[Run], options: argparse.Namespace) -> Rows:
     """Of runs with a w: each pair of tasks, w at the later one's end, and what learning that did to the earlier one.
 
+    Orders that begin alike have the same first pairs, which count once: as the first of these runs has them.
+
     Raises:
         SystemExit: fewer than three pairs.
     """
-    rows: Rows = [["", "order", "later", "earlier", "w", "change of the earlier"]]
-    pairs: list[tuple[float, float]] = []
+    pairs: dict[tuple[Any, ...], tuple[float, float, list[float]]] = {}
+    orders: dict[tuple[Any, ...], list[str]] = {}
     for run in runs:
         similarity = {stage["task"]: stage.get("similarity") or {} for stage in run.results["stages"]}
         for (later, earlier), (change, interval) in changes(run.results, options.way).items():
             if earlier in similarity[later]:
                 w = float(numpy.mean(similarity[later][earlier]))
-                pairs.append((w, change))
-                rows.append([run.label, run.order, later, earlier, f"{w:.2f}", _between(change, interval, "+")])
+                names = run.results["tasks"]
+                pair = (run.label, run.settings["seed"], *names[: names.index(later) + 1], earlier)
+                pairs.setdefault(pair, (w, change, interval))
+                orders.setdefault(pair, []).append(run.order)
     if len(pairs) < 3:
         raise SystemExit("--shape pairs: no runs there with a w whose earlier tasks were tested after each stage.")
-    found = spearmanr(*zip(*pairs, strict=True))
+    rows = [
+        [pair[0], " and ".join(orders[pair]), *pair[-2:], f"{w:.2f}", _between(change, interval, "+")]
+        for pair, (w, change, interval) in pairs.items()
+    ]
+    found = spearmanr([w for w, _, _ in pairs.values()], [change for _, change, _ in pairs.values()])
     rank = f"rank correlation {found.statistic:+.2f} (p {found.pvalue:.2f}, {len(pairs)} pairs)"
-    return [*rows, ["all", "", "", "", "", rank]]
+    head = ["", "order", "later", "earlier", "w", "change of the earlier"]
+    return [head, *rows, ["all", "", "", "", "", rank]]
 
 
 def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:

@@ -224,6 +224,11 @@ def test_w_beside_what_a_later_task_did_to_an_earlier_one(benchmark: Any, finish
     low, high = (float(each) for each in rows[0][3].split("(")[1].rstrip(")").split(" to "))
     assert low < -40 < high <= 0 and "+0.0 (+0.0 to +0.0)" in rows[2][3]
     assert rows[3][3].startswith("rank correlation +1.00") and "3 pairs" in rows[3][3]
+    (tmp_path / "again").mkdir()  # another order, which begins alike
+    begun = json.loads(json.dumps(results).replace('"c"', '"d"'))
+    (tmp_path / "again" / "results.json").write_text(json.dumps(begun))
+    lines = module.table(module.parse([str(tmp_path), "--shape", "pairs"])).splitlines()
+    assert "5 pairs" in lines[-1] and "| a-b-d and a-b-c | b | a |" in "\n".join(lines)
 
 
 def test_a_score_that_earlier_runs_did_not_have_is_left_out_alone(benchmark: Any) -> None:
