@@ -33,8 +33,8 @@ FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("penalty_weight", "diagnose"), ("aso_lora", "o_lora")),
     "fixed_a": ("aso_lora", "inc_lora"),
     **dict.fromkeys(
-        ("penalty", "attribution_model", "aggregation", "absolute", "similarity", "granularity", "source", "clip",
-         "refresh", "probe", "steps", "quadrature"), ("aso_lora",)),
+        ("penalty", "neurons", "stacks", "attribution_model", "aggregation", "absolute", "similarity", "granularity",
+         "source", "clip", "refresh", "probe", "steps", "quadrature"), ("aso_lora",)),
     "scope": ("replay", "ewc", "lwf"),
     "replay": ("replay",),
     **dict.fromkeys(("ewc_weight", "ewc_examples"), ("ewc",)),
@@ -119,6 +119,12 @@ class Settings:
     l2_weight: float = _option(0.0, "lambda_2 of the O-LoRA scripts", "ASO-LoRA", fits=WEIGHT)
     forward_history: str = _option("stacked", "is the history in the forward pass while a task trains?", "ASO-LoRA",
                                    choices=("stacked", "isolated"))  # fmt: skip
+    neurons: tuple[str, ...] | None = _option(
+        None, "modules whose inputs are the neurons (Eq. 8), names with commas; each FFN's down projection unless "
+        "given", "ASO-LoRA",
+    )  # fmt: skip
+    stacks: str = _option("all", "which of an encoder-decoder's two stacks have neurons", "ASO-LoRA",
+                          choices=("all", "encoder", "decoder"))  # fmt: skip
     attribution_model: str = _option("auto", "what the model of a task is", "ASO-LoRA",
                                      choices=("auto", "cumulative", "task"))  # fmt: skip
     aggregation: str = _option("per_example", "over the probe", "ASO-LoRA", choices=("per_example", "mean"))

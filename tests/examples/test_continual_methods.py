@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_aso import load_chain
+from peft_aso import AttributionConfig, load_chain
 from tests.examples.tiny_tasks import TASKS, settings_of
 
 
@@ -160,6 +160,49 @@ def test_a_fixed_a_stays_out_of_the_historys_way(
         assert layer.lora_B["signs"].weight.any()
     with pytest.raises(SystemExit, match="nothing for a penalty to push"):
         dataclasses.replace(settings, penalty_weight=(0.5,))
+
+
+def test_every_setting_of_attribution_can_be_reached(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    line = (
+        "--steps 7 --quadrature riemann --neurons down_proj,up_proj --stacks decoder --attribution-model task "
+        "--aggregation mean --absolute --similarity cosine --granularity layer --source stored --clip --refresh 3 "
+        "--probe 5"
+    )
+    settings = benchmark("settings").parse(line.split())
+    method = benchmark("methods").METHODS["aso_lora"](
+        *sys.modules["tasks"].load_model(str(saved["llama"])), settings
+    )
+    ours, usual = (dataclasses.asdict(each) for each in (method.config(0).attribution, AttributionConfig()))
+    same = {name for name, value in ours.items() if value == usual[name]}
+    assert same == {"max_rows", "max_answer_tokens"}, "these change no result"
+    assert settings.alone() == benchmark("settings").Settings().alone()
+    first = benchmark("first").first_folder
+    (task,) = benchmark("data").read_tasks(["signs"], dataclasses.replace(settings, data=str(data)))
+    assert first(settings, task) != first(dataclasses.replace(settings, neurons=("gate_proj",)), task)
+
+
+def test_osf_moves_weights_along_directions_that_are_free(
+    benchmark: Any, data: Path, saved: dict[str, Path]
+) -> None:
+    """Mostly: PEFT projects gradients, and Adam's step does not lie where the gradient lies."""
+    method, settings = tiny_method(benchmark, saved, "osf", lr_full=1e-3)
+    settings = dataclasses.replace(settings, data=str(data))
+    tasks, learn = benchmark("data").read_tasks(list(TASKS), settings), benchmark("training").learn
+    assert [method.kept(index) for index in range(3)] == pytest.approx([1 / 2, 3 / 4, 5 / 6])
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: p.detach().double().clone() for name, p in method.model.named_parameters() if "q_proj" in name}
+
+    for index, task in enumerate(tasks):
+        before = weights()
+        learn(method, task, index, settings)
+        for name, after in weights().items():
+            u, _, v = torch.linalg.svd(before[name])
+            moved, kept = after - before[name], round(method.kept(index) * min(after.shape))
+            held = [u[:, :kept].T @ moved, moved @ v[:kept].T]
+            assert moved.norm() > 0 and all(each.norm() < 0.4 * moved.norm() for each in held)  # random: 0.71, 0.87
 
 
 def test_a_can_stay_and_the_penaltys_gradient_is_logged(

@@ -45,7 +45,7 @@ class ASOLoRA(Method):
         vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
         # `inputs_hard` takes A from other examples than the two that the Trainer does not know of
         start = {"projected": "default", "inputs_soft": "inputs"}.get(settings.init, settings.init)
-        unusual = {name: getattr(settings, name) for name in ("fixed_a", "l2_weight") if getattr(settings, name)}
+        unusual = {name: found for name, usual in _USUAL.items() if (found := getattr(settings, name)) != usual}
         return {"adapters": start, "vectors": vectors, **unusual}
 
     def config(self, index: int) -> ASOLoraConfig:
@@ -61,6 +61,8 @@ class ASOLoRA(Method):
             project_init=_STARTS.get(chosen.init, False),
             train_a=not chosen.fixed_a,
             attribution=AttributionConfig(
+                neurons=None if chosen.neurons is None else list(chosen.neurons),
+                stacks=chosen.stacks,
                 steps=chosen.steps,
                 quadrature=chosen.quadrature,
                 attribution_model=chosen.attribution_model,
@@ -116,6 +118,7 @@ class ASOLoRA(Method):
 
 _STARTS = {"projected": True, "inputs_hard": "inputs"}
 _VECTORS = ("steps", "quadrature", "probe", "aggregation", "attribution_model", "source")
+_USUAL = {"fixed_a": False, "l2_weight": 0.0, "neurons": None, "stacks": "all"}  # counts where it is something else
 _LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type")
 
 

@@ -16,7 +16,11 @@ from .base import Method
 
 
 class OSF(Method):
-    """After each task the weights are decomposed anew, and more of the directions are kept."""
+    """After each task the weights are decomposed anew, and more of the directions are kept.
+
+    PEFT projects the gradients; Adam, which is in all methods here, then takes a step that lies partly along kept
+    directions.
+    """
 
     title = "OSF"
 
