@@ -191,6 +191,15 @@ def test_what_auto_means_is_decided_once_for_a_run(
         benchmark("chain").run(dataclasses.replace(settings, precision="bf16"))
 
 
+def test_several_gpus_are_refused_before_work_starts(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # the Trainer would take both, and twice the batch
+    with pytest.raises(SystemExit, match="CUDA_VISIBLE_DEVICES=0"):
+        benchmark("chain").run(settings_of(benchmark, data, saved["llama"], tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run(
     benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path
 ) -> None:
