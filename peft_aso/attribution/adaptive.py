@@ -6,7 +6,8 @@ Gradients at two nodes a < b say how much P should change between them, P itself
 
 Where the two differ by more than the tolerance, the gradient is taken in the middle too, or at the quarters if they
 differ by much. In most layers P hardly moves and three nodes are enough; in the first and the last it jumps within a
-small part of the path, wherever that is.
+small part of the path, wherever that is. What is not seen, as by any rule that looks at nodes alone: a rise and fall
+of P that lies wholly between two of them.
 """
 
 from __future__ import annotations
