@@ -34,6 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 lint: env ## ruff and mypy
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 test: lint ## ruff, mypy and the fast tests; PYTEST_ARGS="-k name" narrows them

@@ -62,9 +62,7 @@ def parse() -> argparse.Namespace:
 
 
 def attribution(args: argparse.Namespace) -> AttributionConfig:
-    return AttributionConfig(
-        probe_size=args.probe, refresh=args.refresh, quadrature="adaptive", steps=args.steps
-    )
+    return AttributionConfig(probe_size=args.probe, refresh=args.refresh, quadrature="adaptive", steps=args.steps)
 
 
 def settings(args: argparse.Namespace, seq2seq: bool, **changes: Any) -> ASOLoraConfig:

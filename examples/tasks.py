@@ -33,9 +33,7 @@ class Task:
     test: list[tuple[str, str]]
 
 
-def read_task(
-    folder: Path, train_limit: int | None = None, test_limit: int | None = None, full: bool = False
-) -> Task:
+def read_task(folder: Path, train_limit: int | None = None, test_limit: int | None = None, full: bool = False) -> Task:
     """Read a task folder; examples whose answer is not one of the options are dropped, and counted aloud.
 
     Args:

@@ -191,15 +191,12 @@ def _read_similarities(similarities: Similarities, tasks: Sequence[str]) -> list
             # A little room for rounding.
             if not (math.isnan(value) or abs(value) <= 1 + 1e-6):
                 raise ValueError(
-                    f"The similarity of {tasks[t]!r} with {tasks[j]!r} is {value}: "
-                    "a correlation lies in [-1, 1]."
+                    f"The similarity of {tasks[t]!r} with {tasks[j]!r} is {value}: a correlation lies in [-1, 1]."
                 )
     return rows
 
 
-def _by_position(
-    similarities: Mapping[str, Mapping[str, float]], tasks: Sequence[str]
-) -> list[list[float | None]]:
+def _by_position(similarities: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> list[list[float | None]]:
     """The mapping as a square; names are looked up in `tasks`."""
     place = {task: index for index, task in enumerate(tasks)}
     square: list[list[float | None]] = [[None] * len(tasks) for _ in tasks]
@@ -234,9 +231,7 @@ def _new_figure(width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            'Pictures need matplotlib, which is not installed: pip install "peft-aso[plots]"'
-        ) from error
+        raise ImportError('Pictures need matplotlib, which is not installed: pip install "peft-aso[plots]"') from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

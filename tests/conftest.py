@@ -18,9 +18,7 @@ from hypothesis import HealthCheck, settings
 SEED_VARIABLE = "PEFT_ASO_TEST_SEED"
 
 # No deadline: the first example pays for imports and warm-up, and the machine may be shared.
-settings.register_profile(
-    "peft_aso", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("peft_aso", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("peft_aso")
 
 

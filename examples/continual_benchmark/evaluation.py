@@ -83,9 +83,7 @@ def output_similarity(outputs: dict[str, torch.Tensor]) -> dict[str, dict[str, f
 
     Figure 5 of the paper, which does not say how it measures "similarity of final output distributions".
     """
-    return {
-        a: {b: float(torch.cosine_similarity(outputs[a], outputs[b], dim=0)) for b in outputs} for a in outputs
-    }
+    return {a: {b: float(torch.cosine_similarity(outputs[a], outputs[b], dim=0)) for b in outputs} for a in outputs}
 
 
 def _answer(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int) -> Answers:

@@ -219,9 +219,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     }
     hints = get_type_hints(Settings)
     for each in fields(Settings):
-        groups[each.metadata["group"]].add_argument(
-            _flag(each.name), **_argument(each, hints[each.name])
-        )
+        groups[each.metadata["group"]].add_argument(_flag(each.name), **_argument(each, hints[each.name]))
     settings = Settings(**vars(parser.parse_args(arguments)))
     usual = Settings()
     for name, methods in FOR.items():

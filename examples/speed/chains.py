@@ -120,9 +120,7 @@ def merging(bench: Bench) -> list[Record]:
     ]
 
 
-def stacked_product(
-    model: Any, tasks: int
-) -> tuple[Callable[[], None], dict[str, torch.Tensor], Callable[[], None]]:
+def stacked_product(model: Any, tasks: int) -> tuple[Callable[[], None], dict[str, torch.Tensor], Callable[[], None]]:
     """A function that adds the sum of all adapters to copies of the base weights, these copies by module, and a
     function that stacks what the product needs, and throws it away."""
     parameters = dict(model.named_parameters())

@@ -240,17 +240,12 @@ def _seq2seq(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Te
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift is None:
             raise ValueError(
-                f"{type(model).__name__} cannot make decoder inputs from labels: add `decoder_input_ids` to "
-                "the batch"
+                f"{type(model).__name__} cannot make decoder inputs from labels: add `decoder_input_ids` to the batch"
             )
         inputs["decoder_input_ids"] = shift(labels)
-    decoder = (
-        inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["decoder_inputs_embeds"]
-    )
+    decoder = inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["decoder_inputs_embeds"]
     if decoder.shape[:2] != labels.shape:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} and decoder inputs {tuple(decoder.shape[:2])} differ in shape"
-        )
+        raise ValueError(f"labels {tuple(labels.shape)} and decoder inputs {tuple(decoder.shape[:2])} differ in shape")
     positions = labels != IGNORE
     _check_rows(positions)
     return Answer("seq2seq", labels, {"encoder": _tokens(inputs), "decoder": positions})
@@ -322,9 +317,7 @@ def _check_padding(labelled: torch.Tensor, tokens: torch.Tensor) -> None:
     wrong = (labelled & ~tokens).any(1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"row {row} has labels on padding: set them to -100, or set attention_mask to 1 there"
-        )
+        raise ValueError(f"row {row} has labels on padding: set them to -100, or set attention_mask to 1 there")
 
 
 def _check_amount(answer: Answer, labels: torch.Tensor, most: int) -> None:

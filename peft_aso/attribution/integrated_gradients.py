@@ -116,8 +116,7 @@ def _of_stack(model: nn.Module, layers: list[NeuronLayer], stacks: str) -> list[
     chosen = [layer for layer in layers if layer.stack == stacks]
     if not chosen:
         raise ValueError(
-            f"stacks={stacks!r}, but {type(model).__name__} has no FFN neurons in such a stack: use "
-            "stacks='all'"
+            f"stacks={stacks!r}, but {type(model).__name__} has no FFN neurons in such a stack: use stacks='all'"
         )
     return chosen
 
@@ -154,9 +153,7 @@ def _fast_pass(
             parts = alike(answer, stack)
             return [(rows, _make_fast(model, *of_examples(inputs, answer, rows), stack)) for rows in parts]
         if method == "fast":
-            raise FastWayUnsupported(
-                f"the fast way did not pass its self-check on {type(model).__name__}: {reason}"
-            )
+            raise FastWayUnsupported(f"the fast way did not pass its self-check on {type(model).__name__}: {reason}")
     except FastWayUnsupported as error:
         if method == "fast":
             raise

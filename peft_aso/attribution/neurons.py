@@ -89,14 +89,10 @@ def find_neurons(model: nn.Module, neurons: str | Sequence[str] | None = None) -
             )
     else:
         found = _named(model, neurons)
-    where = {
-        block: (prefix, blocks, index) for prefix, blocks in stacks for index, block in enumerate(blocks)
-    }
+    where = {block: (prefix, blocks, index) for prefix, blocks in stacks for index, block in enumerate(blocks)}
     owner = {module: block for block in where for module in block.modules()}
     order = {module: index for index, module in enumerate(names)}
-    return [
-        _layer(model, module, names, owner, where) for module in sorted(set(found), key=lambda m: order[m])
-    ]
+    return [_layer(model, module, names, owner, where) for module in sorted(set(found), key=lambda m: order[m])]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -145,9 +141,7 @@ def _down_projection(block: nn.Module, names: dict[nn.Module, str]) -> nn.Module
 def _last_down(linears: list[tuple[nn.Module, int, int]]) -> nn.Module | None:
     for index in range(len(linears) - 1, 0, -1):
         module, size, hidden = linears[index]
-        if any(
-            width_in == hidden and width_out in (size, 2 * size) for _, width_in, width_out in linears[:index]
-        ):
+        if any(width_in == hidden and width_out in (size, 2 * size) for _, width_in, width_out in linears[:index]):
             return module
     return None
 

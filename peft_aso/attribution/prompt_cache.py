@@ -110,12 +110,8 @@ def read_only(cache: Cache, rows: torch.Tensor, handover: Handover | None = None
     layers = []
     for layer in cache.layers:
         if not isinstance(layer, CacheLayerMixin):
-            raise TypeError(
-                f"a {type(layer).__name__} keeps a running state, not one key and value for each token"
-            )
-        keys, values = (
-            (layer._keys, layer._values) if isinstance(layer, FixedLayer) else (layer.keys, layer.values)
-        )
+            raise TypeError(f"a {type(layer).__name__} keeps a running state, not one key and value for each token")
+        keys, values = (layer._keys, layer._values) if isinstance(layer, FixedLayer) else (layer.keys, layer.values)
         layers.append(FixedLayer(keys, values, rows, handover, plan))
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=FixedLayer)
 
@@ -135,9 +131,7 @@ def floats_per_row(cache: Cache) -> int:
     """How many numbers one row of the cache shows to the model, over all layers."""
     if isinstance(cache, EncoderDecoderCache):
         return floats_per_row(cache.self_attention_cache) + floats_per_row(cache.cross_attention_cache)
-    tensors = [
-        tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
-    ]
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor[0].numel() for tensor in tensors)
 
 

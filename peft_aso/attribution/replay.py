@@ -67,9 +67,7 @@ def recorded(
 
     with ExitStack() as stack:
         for layer in layers:
-            hook = layer.module.register_forward_pre_hook(
-                lambda _, args, layer=layer: on_neurons(layer, args)
-            )
+            hook = layer.module.register_forward_pre_hook(lambda _, args, layer=layer: on_neurons(layer, args))
             stack.callback(hook.remove)
             below = (layer.stack, layer.block_index - 1)
             if outputs and layer.block_index > 0:
@@ -109,9 +107,7 @@ def scaled(
         the scaled neurons, `(R, W, size)`, at least float32: the leaf to differentiate by.
     """
     precise = torch.promote_types(neurons.dtype, torch.float32)
-    leaf = (
-        neurons.to(precise) * factors.to(device=neurons.device, dtype=precise)[:, None, None]
-    ).requires_grad_()
+    leaf = (neurons.to(precise) * factors.to(device=neurons.device, dtype=precise)[:, None, None]).requires_grad_()
     chosen = positions.to(neurons.device)[..., None]
 
     def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

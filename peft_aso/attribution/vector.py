@@ -44,15 +44,11 @@ class AttributionVector:
         batch = (self.values.shape[0],)
         for label, tensor in (("log_probability", self.log_probability), ("log_scale", self.log_scale)):
             if tuple(tensor.shape) != batch:
-                raise ValueError(
-                    f"{label} must have shape {batch} to go with values, got {tuple(tensor.shape)}"
-                )
+                raise ValueError(f"{label} must have shape {batch} to go with values, got {tuple(tensor.shape)}")
         position = 0
         for name, start, stop in self.layout:
             if start != position or stop <= start:
-                raise ValueError(
-                    f"layout must be contiguous from 0: {name!r} is ({start}, {stop}) after {position}"
-                )
+                raise ValueError(f"layout must be contiguous from 0: {name!r} is ({start}, {stop}) after {position}")
             position = stop
         if position != self.values.shape[1]:
             raise ValueError(f"layout covers {position} neurons but values have {self.values.shape[1]}")
@@ -84,9 +80,7 @@ class AttributionVector:
                 f"attribution vectors of different models: {len(self.layout)} layers here, {len(layout)} "
                 "there; compare vectors of one base model, computed with the same `neurons=`"
             )
-        for (name, start, stop), (name_there, start_there, stop_there) in zip(
-            self.layout, layout, strict=True
-        ):
+        for (name, start, stop), (name_there, start_there, stop_there) in zip(self.layout, layout, strict=True):
             if name != name_there or stop - start != stop_there - start_there:
                 raise ValueError(
                     f"attribution vectors of different models: {name!r} with {stop - start} neurons here, "
@@ -103,9 +97,7 @@ class AttributionVector:
         """
         scale = float64(self.log_scale)
         weights = torch.exp(scale - scale.max())
-        return (
-            (float64(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
-        )
+        return (float64(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
 
     def to(self, device: torch.device | str) -> AttributionVector:
         """The same vector with its tensors on `device`."""

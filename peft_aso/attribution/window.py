@@ -116,11 +116,7 @@ class CausalWindow(WindowPass):
         prompt_real, window_real = prompt >= first[:, None], window < end[:, None]
         columns = torch.cat([prompt, window], 1).clamp(0, width - 1)
         mask = torch.cat([prompt_real, window_real], 1)
-        laid = {
-            name: _gather(name, tensor, columns)
-            for name, tensor in inputs.items()
-            if name != "attention_mask"
-        }
+        laid = {name: _gather(name, tensor, columns) for name, tensor in inputs.items() if name != "attention_mask"}
         if "position_ids" not in laid and "position_ids" in forward_parameters(model):
             ids = places if positions_by == "column" else (tokens.cumsum(1) - 1).clamp(min=0)
             laid["position_ids"] = ids.gather(1, columns)
@@ -182,9 +178,7 @@ class DecoderWindow(WindowPass):
         accepted = forward_parameters(encoder)
         foreign = [name for name in inputs if name not in accepted]
         if foreign:
-            raise FastWayUnsupported(
-                f"the encoder of {type(self.model).__name__} does not take {', '.join(foreign)}"
-            )
+            raise FastWayUnsupported(f"the encoder of {type(self.model).__name__} does not take {', '.join(foreign)}")
         with torch.no_grad():
             states = encoder(**inputs, return_dict=True)
         kept = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
@@ -230,9 +224,7 @@ def _observed_convention(
     raise FastWayUnsupported(f"{type(model).__name__} numbers padded tokens neither by column nor by rank")
 
 
-def telling_examples(
-    inputs: dict[str, torch.Tensor], answer: Answer, stack: str
-) -> tuple[torch.Tensor, str]:
+def telling_examples(inputs: dict[str, torch.Tensor], answer: Answer, stack: str) -> tuple[torch.Tensor, str]:
     """One or two examples of a batch that show whether the fast way is right for all, and what they are.
 
     The one with the longest prompt, since an example without a prompt reads nothing from a cache; and one with padding
@@ -276,7 +268,5 @@ def _first(mask: torch.Tensor) -> torch.Tensor:
 def _gather(name: str, tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     if tensor.ndim < 2 or tensor.shape[0] != columns.shape[0]:
         raise FastWayUnsupported(f"{name} of shape {tuple(tensor.shape)} is not one entry per token")
-    index = columns.reshape(*columns.shape, *([1] * (tensor.ndim - 2))).expand(
-        *columns.shape, *tensor.shape[2:]
-    )
+    index = columns.reshape(*columns.shape, *([1] * (tensor.ndim - 2))).expand(*columns.shape, *tensor.shape[2:])
     return tensor.gather(1, index)

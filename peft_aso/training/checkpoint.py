@@ -18,9 +18,7 @@ from safetensors.torch import save_file
 from .coefficients import layers_of_modules, require_tuner
 
 
-def save_current_task(
-    model: Any, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
+def save_current_task(model: Any, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write the current task's adapter and config into `folder`, beside first and then renamed.
 
     Args:

@@ -59,9 +59,7 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
                 "No example of the training data has answer tokens: all labels are -100. The attribution (and the "
                 "loss) need labels on the answer; check the tokenization, truncation and chat template."
             )
-        return [
-            dict(loader.collate_fn(chosen[start : start + BATCH])) for start in range(0, len(chosen), BATCH)
-        ]
+        return [dict(loader.collate_fn(chosen[start : start + BATCH])) for start in range(0, len(chosen), BATCH)]
 
 
 def _candidates(dataset: Any, seed: int) -> Iterator[Any]:

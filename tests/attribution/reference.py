@@ -54,9 +54,7 @@ def captum_scores(model: nn.Module, batch: Batch, steps: int) -> torch.Tensor:
         where = scaled_positions(model, batch, layer.name)[..., None]
         neurons = kept[0].view(*where.shape[:2], -1)
 
-        def forward(
-            scaled: torch.Tensor, module: nn.Module = module, where: torch.Tensor = where
-        ) -> torch.Tensor:
+        def forward(scaled: torch.Tensor, module: nn.Module = module, where: torch.Tensor = where) -> torch.Tensor:
             times = len(scaled) // len(labels)
             mask = where.repeat(times, 1, 1)
 

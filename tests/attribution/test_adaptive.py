@@ -176,5 +176,3 @@ def test_there_are_no_more_nodes_than_the_most() -> None:
     found = known([[0, 0.5, 1]] * 2, [[0.1, 0.9, 0.9], [0.1, 0.9, 0.1]], [[0, 0, 0]] * 2)
     jump_at(0.3, found, tolerance=0.01, most=10)
     assert found.examples.bincount().tolist() == [9, 9]  # three at a time
-
-

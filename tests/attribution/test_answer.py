@@ -136,9 +136,7 @@ REFUSED: list[tuple[str, Batch, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("batch", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
-)
+@pytest.mark.parametrize(("batch", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
 def test_refused(batch: Batch, message: str) -> None:
     model = tiny("llama")
     calls: list[int] = []

@@ -44,9 +44,7 @@ def test_scores_are_captums(name: str, padding: str, method: str, fresh_seed: in
 
 
 @pytest.mark.parametrize("name", ["llama", "t5_v11", "bert"])
-@pytest.mark.parametrize(
-    ("quadrature", "steps", "tolerance"), [("gauss_legendre", 30, 1e-4), ("riemann", 500, 1e-2)]
-)
+@pytest.mark.parametrize(("quadrature", "steps", "tolerance"), [("gauss_legendre", 30, 1e-4), ("riemann", 500, 1e-2)])
 def test_a_layers_scores_add_up(name: str, quadrature: str, steps: int, tolerance: float) -> None:
     """Completeness: the scores of a layer add up to P with its neurons minus P without them."""
     model = tiny(name, std=0.15)
@@ -56,9 +54,7 @@ def test_a_layers_scores_add_up(name: str, quadrature: str, steps: int, toleranc
     for layer in find_neurons(model):
         where = scaled_positions(model, batch, layer.name)[..., None]
 
-        def silence(
-            _: nn.Module, args: tuple[torch.Tensor], where: torch.Tensor = where
-        ) -> tuple[torch.Tensor]:
+        def silence(_: nn.Module, args: tuple[torch.Tensor], where: torch.Tensor = where) -> tuple[torch.Tensor]:
             return (args[0].masked_fill(where, 0.0),)
 
         with torch.no_grad():

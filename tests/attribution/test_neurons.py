@@ -44,9 +44,7 @@ def test_found_by_structure(name: str) -> None:
     size = 4 * HIDDEN if name == "bloom" else FFN
     assert len(layers) == (LAYERS + 2 if model.config.is_encoder_decoder else LAYERS)
     order = [module_name for module_name, _ in model.named_modules()]
-    assert [order.index(layer.name) for layer in layers] == sorted(
-        order.index(layer.name) for layer in layers
-    )
+    assert [order.index(layer.name) for layer in layers] == sorted(order.index(layer.name) for layer in layers)
     for layer in layers:
         assert re.fullmatch(DOWN[name], layer.name)
         assert model.get_submodule(layer.name) is layer.module
@@ -76,9 +74,7 @@ def test_as_wide_as_the_hidden_size(name: str) -> None:
 def test_an_adapter_on_the_ffn_is_the_neurons_wrapper(name: str) -> None:
     model = tiny(name)
     targets = [layer.name for layer in find_neurons(model)]
-    others = {"llama": ["gate_proj"], "gpt2": ["mlp.c_fc"], "t5": ["wi"], "bert": ["intermediate.dense"]}[
-        name
-    ]
+    others = {"llama": ["gate_proj"], "gpt2": ["mlp.c_fc"], "t5": ["wi"], "bert": ["intermediate.dense"]}[name]
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[*targets, *others]))
     layers = find_neurons(wrapped)
     assert [layer.name for layer in layers] == targets

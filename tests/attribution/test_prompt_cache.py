@@ -48,9 +48,7 @@ def test_cross_attention_is_already_there() -> None:
     original = EncoderDecoderCache(prompt(length=2), prompt(length=7))
     cache = read_only(original, torch.tensor([1]))
     assert cache.is_updated == {0: True, 1: True}
-    assert torch.equal(
-        cache.cross_attention_cache.layers[0].keys, original.cross_attention_cache.layers[0].keys[1:]
-    )
+    assert torch.equal(cache.cross_attention_cache.layers[0].keys, original.cross_attention_cache.layers[0].keys[1:])
     assert cache.get_seq_length() == 2
 
 

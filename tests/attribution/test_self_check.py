@@ -85,6 +85,4 @@ def test_a_mask_with_holes_is_run_the_plain_way() -> None:
     assert torch.equal(vector.values, integrated_gradients(model, batch, steps=3, method="plain").values)
     with pytest.raises(ValueError, match="holes"):
         integrated_gradients(model, batch, steps=3, method="fast")
-    integrated_gradients(
-        model, tiny_batch(model, 2), steps=3, method="fast"
-    )  # of that batch, not of the model
+    integrated_gradients(model, tiny_batch(model, 2), steps=3, method="fast")  # of that batch, not of the model

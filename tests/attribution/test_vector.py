@@ -104,9 +104,7 @@ def test_assemble_raises_the_scale_only_where_float32_overflows() -> None:
     assert v.log_scale[0] == -300.0
     assert torch.allclose(v.values[0], torch.tensor([1.0, -2.0, 3.0, 1e-3]))
     assert v.log_scale[1] > -300.0
-    expected = torch.tensor([1.0, -2.0]).double() * torch.exp(
-        torch.tensor(-300.0).double() - v.log_scale[1].double()
-    )
+    expected = torch.tensor([1.0, -2.0]).double() * torch.exp(torch.tensor(-300.0).double() - v.log_scale[1].double())
     assert torch.allclose(v.values[1, :2].double(), expected, rtol=1e-4, atol=1e-45)
     assert v.values[1, 2] / v.values[1, 3] == pytest.approx(3000.0, rel=1e-4)
 

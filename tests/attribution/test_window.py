@@ -34,9 +34,7 @@ def test_fast_is_plain_with_eager_attention(name: str) -> None:
     model = tiny(name, attn_implementation="eager")
     batch = tiny_batch(model, 3, padding="left")
     fast = integrated_gradients(model, batch, steps=3, method="fast")
-    assert (
-        largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
-    )
+    assert largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
 
 
 def interrupted_answer(batch: Batch) -> Batch:
@@ -74,9 +72,7 @@ def test_unusual_causal_batches(name: str, change: Callable[[Batch], Batch]) -> 
     model = tiny(name)
     batch = change(tiny_batch(model, 2))
     fast = integrated_gradients(model, batch, steps=3, method="fast")
-    assert (
-        largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
-    )
+    assert largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -89,9 +85,7 @@ def test_a_decoder_with_a_prompt_of_its_own(name: str) -> None:
     batch["labels"] = torch.full_like(ids, -100)
     batch["labels"][0, 3:5], batch["labels"][1, 4:6] = 7, 9
     fast = integrated_gradients(model, batch, steps=3, method="fast")
-    assert (
-        largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
-    )
+    assert largest_gap(fast.values, integrated_gradients(model, batch, steps=3, method="plain").values) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])

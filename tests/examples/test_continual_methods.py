@@ -171,9 +171,7 @@ def test_every_setting_of_attribution_can_be_reached(
         "--probe 5"
     )
     settings = benchmark("settings").parse(line.split())
-    method = benchmark("methods").METHODS["aso_lora"](
-        *sys.modules["tasks"].load_model(str(saved["llama"])), settings
-    )
+    method = benchmark("methods").METHODS["aso_lora"](*sys.modules["tasks"].load_model(str(saved["llama"])), settings)
     ours, usual = (dataclasses.asdict(each) for each in (method.config(0).attribution, AttributionConfig()))
     same = {name for name, value in ours.items() if value == usual[name]}
     assert same == {"max_rows", "max_answer_tokens"}, "these change no result"
@@ -183,9 +181,7 @@ def test_every_setting_of_attribution_can_be_reached(
     assert first(settings, task) != first(dataclasses.replace(settings, neurons=("gate_proj",)), task)
 
 
-def test_osf_moves_weights_along_directions_that_are_free(
-    benchmark: Any, data: Path, saved: dict[str, Path]
-) -> None:
+def test_osf_moves_weights_along_directions_that_are_free(benchmark: Any, data: Path, saved: dict[str, Path]) -> None:
     """Mostly: PEFT projects gradients, and Adam's step does not lie where the gradient lies."""
     method, settings = tiny_method(benchmark, saved, "osf", lr_full=1e-3)
     settings = dataclasses.replace(settings, data=str(data))

@@ -1,6 +1,6 @@
 """One task trained on top of a random one, by as many processes as there are; run by test_distributed.py.
 
-    torchrun --nproc-per-node 2 tests/training/distributed.py FOLDER [ddp | fsdp2 | zero2 | zero3]
+torchrun --nproc-per-node 2 tests/training/distributed.py FOLDER [ddp | fsdp2 | zero2 | zero3]
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ def test_the_first_task_is_plain_lora_bit_for_bit(tmp_path: Path) -> None:
         torch.manual_seed(5)
         lora = settings(r=4, lora_alpha=8, lora_dropout=0.1, task_type="CAUSAL_LM")
         model = get_peft_model(tiny("llama"), lora, adapter_name="first")
-        trainer = trainer_class(
-            model=model, args=arguments(tmp_path, max_steps=10), train_dataset=TinyTask(model)
-        )
+        trainer = trainer_class(model=model, args=arguments(tmp_path, max_steps=10), train_dataset=TinyTask(model))
         trainer.train()
         results.append(weights(model, "first"))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -108,9 +106,7 @@ def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> No
     train(whole, tmp_path / "whole", **options)
 
     killed = chain(tasks=("one", "two", "new"), **settings)
-    trainer = ASOTrainer(
-        model=killed, args=arguments(tmp_path / "cut", **options), train_dataset=TinyTask(killed)
-    )
+    trainer = ASOTrainer(model=killed, args=arguments(tmp_path / "cut", **options), train_dataset=TinyTask(killed))
     trainer.add_callback(Kill(after=5))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -199,9 +195,7 @@ def test_coefficients_and_parts_of_the_loss_are_logged(tmp_path: Path) -> None:
     for entry in logged:
         assert {"psi/one", "psi/two", "similarity/one", "similarity/two"} <= set(entry)
         assert entry["psi/one"] == pytest.approx(1 - entry["similarity/one"], abs=1e-6)
-        assert entry["loss"] == pytest.approx(
-            entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5
-        )
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5)
 
 
 def test_the_vector_is_stored_and_saved_with_the_adapter(tmp_path: Path) -> None:
@@ -221,9 +215,7 @@ def test_lambda_zero_and_similarity_none_compute_no_coefficients(tmp_path: Path,
     import peft_aso.training.coefficients as module
 
     original = module.compute_attribution
-    monkeypatch.setattr(
-        module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k)
-    )
+    monkeypatch.setattr(module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k))
     inc = chain(penalty_weight=0.0)
     train(inc, tmp_path)
     assert calls == ["second"]  # only the vector that is stored at the end
@@ -239,12 +231,8 @@ def test_history_is_attributed_once_a_task(tmp_path: Path, monkeypatch) -> None:
     import peft_aso.training.coefficients as module
 
     original = module.compute_attribution
-    monkeypatch.setattr(
-        module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k)
-    )
-    model = chain(
-        tasks=("one", "two", "new"), attribution=AttributionConfig(steps=2, probe_size=4, refresh=0.25)
-    )
+    monkeypatch.setattr(module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k))
+    model = chain(tasks=("one", "two", "new"), attribution=AttributionConfig(steps=2, probe_size=4, refresh=0.25))
     train(model, tmp_path, max_steps=4)
     assert calls.count("one") == calls.count("two") == 1
     assert calls.count("new") == 4 + 1  # steps 0, 1, 2, 3, and the stored vector

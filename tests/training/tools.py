@@ -91,9 +91,7 @@ def train(
         args = Seq2SeqTrainingArguments(**arguments(folder, **settings).to_dict())
     else:
         args = arguments(folder, **settings)
-    trainer = kind(
-        model=model, args=args, train_dataset=data or TinyTask(model), eval_dataset=data or TinyTask(model)
-    )
+    trainer = kind(model=model, args=args, train_dataset=data or TinyTask(model), eval_dataset=data or TinyTask(model))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
