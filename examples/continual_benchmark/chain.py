@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from .evaluation import Answers, answer, output_similarity
 from .first import keep_first, take_first
 from .methods import METHODS, Method
 from .orders import order_of, short
-from .results import Correct, RunFolder, folder_of
+from .results import Correct, RunFolder, folder_of, read_json
 from .scores import summary
 from .settings import Settings
 from .training import in_bf16, learn, seed_of
@@ -50,8 +49,7 @@ def _decided(settings: Settings, path: Path) -> Settings:
     """With `--precision auto`, what the run in that folder began with, or else what is faster here."""
     if settings.precision != "auto":
         return settings
-    file = path / "settings.json"
-    began = json.loads(file.read_text(encoding="utf-8")).get("precision") if file.is_file() else None
+    began = (read_json(path / "settings.json") or {}).get("precision")
     return replace(settings, precision=began or ("bf16" if in_bf16(settings) else "float32"))
 
 
@@ -62,12 +60,11 @@ def _run(tasks: list[Task], settings: Settings, folder: RunFolder) -> dict[str, 
     if kind.alone:
         stages = _as_stages(tasks, learn_alone(tasks, settings, load))
     else:
-        stages = folder.stages()
-        if len(stages) < len(tasks):
+        if folder.done < len(tasks):
             base = load()
             set_seed(seed_of(settings, tasks[0]))  # some methods make their weights here, as others at the first task
             _learn_chain(tasks, settings, folder, kind(*base, settings))
-            stages = folder.stages()
+        stages = folder.stages()
     reference = None
     if not (settings.no_reference and not kind.alone):
         load = functools.cache(functools.partial(_load, settings.model))  # the base model, untouched
@@ -91,9 +88,9 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, method: Method) -> None:
-    if len(tasks) > 1 and not folder.stages() and take_first(settings, tasks[0], folder):
+    if len(tasks) > 1 and folder.done == 0 and take_first(settings, tasks[0], folder):
         print(f"{tasks[0].name} was learned by an earlier run in the same way.")
-    done, trained = len(folder.stages()), folder.trained()
+    done, trained = folder.done, folder.trained()
     have = done + (trained is not None)
     if have:
         print(f"Going on after {tasks[have - 1].name}, which {folder.path} has.")

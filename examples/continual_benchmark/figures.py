@@ -113,6 +113,24 @@ def _refreshes(log: list[dict[str, float]], prefix: str) -> list[dict[str, float
     return [now for before, now in zip([{}, *found], found, strict=False) if now and now != before]
 
 
+def steps(runs: list[Run], way: str) -> list[Row]:
+    """psi at each step of a task, the mean over layers where there is one a layer."""
+    return [
+        {
+            "run": _name(run, runs),
+            "task": stage["task"],
+            "earlier": key.split("/", 1)[1],
+            "step": step,
+            "psi": value,
+        }
+        for run in runs
+        for stage in run.results["stages"]
+        for step, entry in enumerate(stage["log"], start=1)
+        for key, value in entry.items()
+        if key.startswith("psi/") and f"similarity/{key.split('/', 1)[1]}" in entry
+    ]
+
+
 def layers(runs: list[Run], way: str) -> list[Row]:
     """psi of each layer at a task's end, where there is one a layer."""
     return [
@@ -184,14 +202,17 @@ def _violins(axes: Any, rows: list[Row]) -> None:
     axes.legend(fontsize="small")
 
 
-def _by_layer(axes: Any, rows: list[Row]) -> None:
+def _pairs(axes: Any, rows: list[Row]) -> None:
+    """psi by layer or by step, a line for each pair of tasks."""
+    x = "layer" if "layer" in rows[0] else "step"
     pairs = dict.fromkeys((row["run"], row["task"], row["earlier"]) for row in rows)
     several = len({run for run, _, _ in pairs}) > 1
     for run, task, earlier in pairs:
         own = [row for row in rows if (row["run"], row["task"], row["earlier"]) == (run, task, earlier)]
         label = f"{task} to {earlier}" + f", {run}" * several
-        axes.plot([row["layer"] for row in own], [row["psi"] for row in own], label=label)
-    axes.set(xlabel="layer", ylabel="psi")
+        style = "default" if x == "layer" else "steps-post"  # it stays as it is until the next refresh
+        axes.plot([row[x] for row in own], [row["psi"] for row in own], drawstyle=style, label=label)
+    axes.set(xlabel=x if x == "layer" else "step of the task", ylabel="psi")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize="x-small")
 
@@ -229,7 +250,8 @@ FIGURES: list[tuple[str, Callable[[list[Run], str], list[Row]], Callable[[Any, l
     ("loss", losses, _lines),
     ("similarity", coefficients("similarity"), _violins),
     ("psi", coefficients("psi"), _violins),
-    ("psi_by_layer", layers, _by_layer),
+    ("psi_by_step", steps, _pairs),
+    ("psi_by_layer", layers, _pairs),
     ("outputs", agreement, _grids),
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from filelock import FileLock
 from tasks import Task
 
 from .methods import METHODS
-from .results import RunFolder, write_json
+from .results import RunFolder, read_json, write_json
 from .settings import Settings, digest
 
 
@@ -26,9 +25,9 @@ def first_folder(settings: Settings, task: Task) -> Path | None:
 def take_first(settings: Settings, task: Task, folder: RunFolder) -> bool:
     """Give the run the first stage that another one has been through; False if there is none."""
     there = first_folder(settings, task)
-    if there is None or not (there / "stage.json").is_file():
+    stage = None if there is None else read_json(there / "stage.json")
+    if stage is None:
         return False
-    stage = json.loads((there / "stage.json").read_text(encoding="utf-8"))
     folder.add_state(lambda new: shutil.copytree(there / "state", new, dirs_exist_ok=True) and None, stage)
     folder.add_stage(stage)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -34,8 +35,9 @@ class RunFolder:
         except Timeout:
             raise SystemExit(f"{path}: another process is at this run. Wait for it, or give --name.") from None
         file = path / "settings.json"
-        if file.is_file():
-            there = completed(json.loads(file.read_text(encoding="utf-8")))
+        there = read_json(file)
+        if there is not None:
+            there = completed(there)
             other = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
             if other:
                 changes = ", ".join(
@@ -54,16 +56,18 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    @property
+    def done(self) -> int:
+        """How many stages are finished."""
+        return next(number for number in itertools.count() if not self._stage(number).is_file())
+
     def stages(self) -> list[dict[str, Any]]:
         """What the finished stages came to, in order."""
-        found = []
-        while (file := self._stage(len(found))).is_file():
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-        return found
+        return [read_json(self._stage(number)) for number in range(self.done)]
 
     def add_state(self, save: Callable[[Path], None], trained: dict[str, Any]) -> None:
         """Write the state after the next stage's training, and what is known of that stage before its tests."""
-        state, new = self.state(len(self.stages())), self.path / "state.new"
+        state, new = self.state(self.done), self.path / "state.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save(new)
@@ -73,12 +77,11 @@ class RunFolder:
 
     def trained(self) -> dict[str, Any] | None:
         """What is known of a stage that was trained and then stopped before its tests were through."""
-        file = self.state(len(self.stages())) / TRAINED
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(self.state(self.done) / TRAINED)
 
     def add_stage(self, stage: dict[str, Any]) -> None:
         """Write one more stage, whose state is there; the state of the one before goes."""
-        number = len(self.stages())
+        number = self.done
         write_json(self._stage(number), stage)
         if number > 0:
             shutil.rmtree(self.state(number - 1), ignore_errors=True)
@@ -89,8 +92,7 @@ class RunFolder:
 
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run."""
-        file = self.path / "results.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(self.path / "results.json")
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the results; the last state stays."""
@@ -105,6 +107,11 @@ def folder_of(settings: Settings, order: str) -> Path:
     scope = "-full" if settings.scope == "full" else ""
     shown = f"order{order}" if order.isdigit() else order
     return settings.out / (settings.name or f"{settings.method}{scope}-{shown}-seed{settings.seed}")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_json(path: Path, value: Any) -> None:

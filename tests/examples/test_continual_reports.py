@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
     files = module.draw(module.parse([str(finished), "--out", str(tmp_path)]))
     topics = {path.stem.removesuffix("_colors-signs") for path in files}
     assert topics == {
-        "average_accuracy", "forgetting", "forward_transfer", "loss", "similarity", "psi", "psi_by_layer", "outputs",
+        "average_accuracy", "forgetting", "forward_transfer", "loss", "similarity", "psi", "psi_by_step",
+        "psi_by_layer", "outputs",
     }  # fmt: skip
     assert {path.suffix for path in files} == {".png", ".svg", ".csv"} and len(files) == 3 * len(topics)
     assert all(path.stat().st_size > 0 for path in files)
@@ -148,6 +150,11 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
     assert lines[0] == "run,stage,task,AA" and len(lines) == 1 + 4 * 2
     with_psi = {line.split(",")[0] for line in (tmp_path / "psi_colors-signs.csv").read_text().splitlines()[1:]}
     assert with_psi and all("ASO-LoRA" in name for name in with_psi)  # not IncLoRA, whose psi is 1 and nobody's
+    with (tmp_path / "psi_by_step_colors-signs.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run"].split(",")[0] for row in rows} == {name.strip('"') for name in with_psi}
+    of_one = [int(row["step"]) for row in rows if row["run"] == rows[0]["run"]]
+    assert of_one == list(range(1, 1 + len(of_one)))
 
 
 def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
