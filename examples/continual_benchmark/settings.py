@@ -81,11 +81,15 @@ class Settings:
     max_tokens: int = _option(512, "a longer prompt loses its middle", "training", fits=COUNT)
     part: int | None = _option(
         None,
-        "examples of a step that go through a decoder at once, for speed: memory is that of the whole step; 4 on a "
-        "CPU, all on a GPU unless given",
+        "examples of a step that go through a decoder at once, for speed: memory is that of all (see --micro-batch); "
+        "4 on a CPU, all on a GPU unless given",
         "training",
         fits=COUNT,
     )
+    micro_batch: int | None = _option(
+        None, "examples of a step that are in memory at once: gradients add up over the step; all unless given",
+        "training", fits=COUNT,
+    )  # fmt: skip
     precision: str = _option("auto", "of products: bf16 autocast, float32, or what is faster here", "training",
                              choices=("auto", "bf16", "float32"))  # fmt: skip
     rank: int = _option(8, "r", "adapter", fits=COUNT)
@@ -166,12 +170,13 @@ class Settings:
                 fits, words = each.metadata["fits"]
                 if not all(map(fits, value if isinstance(value, tuple) else [value])):
                     raise SystemExit(f"{_flag(each.name)} {value}: give a number {words}.")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise SystemExit(f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}.")
         if self.penalty_weight is not None and len(self.penalty_weight) > 1:
             from .orders import order_of
 
             if len(self.penalty_weight) != len(order_of(self.order)):
                 raise SystemExit("--penalty-weight: give one number, or as many as the order has tasks.")
-
         if self.fixed_a and any(self.penalty_weight or ()):
             raise SystemExit("--fixed-a leaves nothing for a penalty to push: leave --penalty-weight out.")
         if self.init == "inputs_soft" and (self.method in ("o_lora", "inc_lora") or self.similarity == "none"):

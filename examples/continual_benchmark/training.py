@@ -48,12 +48,14 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> list[di
     seed = seed_of(settings, task)
     set_seed(seed)
     method.start_task(task, index)
+    at_once = settings.micro_batch or settings.batch_size
     rows = AnswerDataset(method.training_rows(task), method.tokenizer, method.seq2seq, settings.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Seq2SeqTrainingArguments if method.seq2seq else TrainingArguments)(
             output_dir=folder,
             num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=settings.batch_size // at_once,
             learning_rate=method.learning_rate,
             weight_decay=0.0,
             lr_scheduler_type="constant",

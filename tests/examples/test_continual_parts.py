@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers import Trainer
 
 from tests.examples.test_continual_methods import started
-from tests.examples.tiny_tasks import WORDS
+from tests.examples.tiny_tasks import TASKS, WORDS, settings_of
 
 
 def random_batch(seq2seq: bool, rows: int, shared: int = 0) -> dict[str, torch.Tensor]:
@@ -78,3 +79,36 @@ def test_a_model_that_cannot_leave_out_logits_is_run_whole(benchmark: Any) -> No
 
     takes_parts = benchmark("parts").takes_parts
     assert takes_parts(tiny("llama")) and not takes_parts(tiny("t5")) and not takes_parts(tiny("bert"))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["aso_lora", "ewc", "lwf", "seq_ft"])
+def test_a_step_in_micro_batches_is_the_whole_step(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    """Ten examples with answers of unlike lengths in steps of four: the last step is of two."""
+
+    def logs(size: int | None) -> list[dict[str, float]]:
+        settings = settings_of(
+            benchmark, data, saved[name], tmp_path, method=kind, batch_size=4, micro_batch=size, lr_full=1e-3
+        )
+        base, tokenizer = sys.modules["tasks"].load_model(str(saved[name]))
+        for module in base.modules():  # T5 drops out by itself, and draws anew for each micro-batch
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+            elif isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        torch.manual_seed(0)
+        method = benchmark("methods").METHODS[kind](base.double(), tokenizer, settings)
+        found = []
+        for index, task in enumerate(benchmark("data").read_tasks(list(TASKS), settings)):
+            rows = [(prompt, answer + " good" * (at % 3)) for at, (prompt, answer) in enumerate(task.train)]
+            found += benchmark("training").learn(method, dataclasses.replace(task, train=rows), index, settings)
+        return [{key: log[key] for key in ("loss", "grad_norm", "task_loss") if key in log} for log in found]
+
+    whole = logs(None)
+    assert len(whole) == 6 and (kind == "seq_ft" or len(whole[-1]) == 3)
+    if kind in ("ewc", "lwf"):
+        assert whole[-1]["loss"] > whole[-1]["task_loss"]
+    for size in (1, 2):
+        assert logs(size) == [pytest.approx(log, rel=1e-4) for log in whole]

@@ -73,6 +73,7 @@ def test_the_command_line_is_the_settings(benchmark: Any) -> None:
         ("--method o_lora --fixed-a", "--fixed-a does nothing"),
         ("--method replay --replay 2", "--replay 2.0: give a number above 0, up to 1"),
         ("--test-limit 0", "--test-limit 0: give a number of 1 or more"),
+        ("--batch-size 16 --micro-batch 3", "--micro-batch 3 does not divide --batch-size 16"),
         ("--epochs 0", "--epochs 0.0: give a number above 0"),
         ("--penalty-weight -1", "--penalty-weight .*: give a number of 0 or more"),
     ],

@@ -15,7 +15,7 @@ from tasks import Task
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from ..parts import InPartsMixin, Inputs, Part
+from ..parts import InPartsMixin, Inputs, Part, takes_parts
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -25,24 +25,34 @@ class LossTrainer(InPartsMixin, Trainer):
     """transformers' Trainer with what the method adds to the loss."""
 
     method: Method
-    task_loss: torch.Tensor | None = None  # of the last step, if the method added to it
+    task_loss: torch.Tensor | None = None  # of this step so far, if the method adds to it
 
     def compute_loss(
         self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, parts = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
+            tokens = sum((part.targets != -100).sum() for part in parts)
+            share = 1 if num_items_in_batch is None else tokens / num_items_in_batch  # of the step's, in this batch
+            if self.args.gradient_accumulation_steps > 1 and not takes_parts(model):
+                loss = share * _mean_loss(parts)  # T5 gives the mean, whatever count it is told
             more = self.method.training_loss(inputs, parts)
             if more is not None:
-                self.task_loss = loss.detach()
-                loss = loss + more
+                self.task_loss = loss.detach() + (0 if self.task_loss is None else self.task_loss)
+                loss = loss + share * more
         return (loss, parts) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with the task's own loss where the method added to it."""
         if "loss" in logs and self.task_loss is not None:
-            logs = {**logs, "task_loss": float(self.task_loss)}
+            logs, self.task_loss = {**logs, "task_loss": float(self.task_loss)}, None
         super().log(logs, *args, **kwargs)
+
+
+def _mean_loss(parts: list[Part]) -> torch.Tensor:
+    """Over all tokens of the answers."""
+    said = torch.cat([part.answers(part.outputs.logits).float() for part in parts])
+    return torch.nn.functional.cross_entropy(said, torch.cat([part.answers(part.targets) for part in parts]))
 
 
 class Method:
@@ -87,7 +97,8 @@ class Method:
         return task.train
 
     def training_loss(self, inputs: Inputs, parts: list[Part]) -> torch.Tensor | None:
-        """What comes to the loss of the batch `inputs`, which went through the model in these parts."""
+        """What comes to the loss of the batch `inputs`, which went through the model in these parts: the mean over its
+        answers' tokens, or what is the same for any batch."""
         return None
 
     def end_task(self, task: Task, examples: Dataset[Any]) -> None:
