@@ -96,38 +96,32 @@ def coefficients(kind: str) -> Callable[[list[Run], str], list[Row]]:
         for run in runs:
             for stage in run.results["stages"]:
                 start = {"run": _name(run, runs), "task": stage["task"]}
-                for found in _refreshes(stage["log"], f"{kind}/"):
-                    rows += [{**start, "earlier": key.split("/", 1)[1], kind: value} for key, value in found.items()]
+                for found in _changes([_to_earlier(entry, kind) for entry in stage["log"]]):
+                    rows += [{**start, "earlier": earlier, kind: value} for earlier, value in found.items()]
         return rows
 
     return rows_of
 
 
-def _refreshes(log: list[dict[str, float]], prefix: str) -> list[dict[str, float]]:
-    """The values that begin so, each time that they change, of a task that has a w."""
-    found = [
-        {name: value for name, value in entry.items() if name.startswith(prefix)}
-        for entry in log
-        if any(name.startswith("similarity/") for name in entry)
-    ]
+def _to_earlier(entry: dict[str, float], kind: str) -> dict[str, float]:
+    """w or psi to each earlier task in the log of a step, the mean over layers where there is one a layer."""
+    earlier = [name.split("/", 1)[1] for name in entry if name.startswith("similarity/")]  # none where psi is set to 1
+    return {name: entry[f"{kind}/{name}"] for name in earlier}
+
+
+def _changes(found: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without what is empty or as before: psi changes at refreshes."""
     return [now for before, now in zip([{}, *found], found, strict=False) if now and now != before]
 
 
 def steps(runs: list[Run], way: str) -> list[Row]:
-    """psi at each step of a task, the mean over layers where there is one a layer."""
+    """psi at each step of a task, where psi comes from a w."""
     return [
-        {
-            "run": _name(run, runs),
-            "task": stage["task"],
-            "earlier": key.split("/", 1)[1],
-            "step": step,
-            "psi": value,
-        }
+        {"run": _name(run, runs), "task": stage["task"], "earlier": earlier, "step": step, "psi": value}
         for run in runs
         for stage in run.results["stages"]
         for step, entry in enumerate(stage["log"], start=1)
-        for key, value in entry.items()
-        if key.startswith("psi/") and f"similarity/{key.split('/', 1)[1]}" in entry
+        for earlier, value in _to_earlier(entry, "psi").items()
     ]
 
 
