@@ -19,11 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from continual_benchmark.collect import Run, comparable, read_runs
-from continual_benchmark.scores import WAYS, all_tested, matrix_of
-from peft_aso.metrics import average_accuracy, forgetting, forward_transfer
-
-Row = dict[str, Any]
+from continual_benchmark.collect import comparable, read_runs
+from continual_benchmark.scores import WAYS
+from continual_benchmark.series import Row, RowsOf, agreement, by_stage, coefficients, layers, losses, steps
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,107 +47,6 @@ def draw(options: argparse.Namespace) -> list[Path]:
             if rows:
                 files += _save(options.out / f"{topic}_{name}", rows, draw_one)
     return files
-
-
-def by_stage(measure: str) -> Callable[[list[Run], str], list[Row]]:
-    """AA, FM or FWT after each stage (Figures 4, 7, 8, 10, 11)."""
-
-    def rows_of(runs: list[Run], way: str) -> list[Row]:
-        rows = []
-        for run in runs:
-            stages = [stage["correct"] for stage in run.results["stages"]]
-            matrix = matrix_of(run.results["tasks"], stages, way)
-            alone = run.results["summary"][way]["alone"]
-            for stage, task in enumerate(run.results["tasks"]):
-                value, tested = math.nan, all_tested(run.results, stage + 1)
-                if measure == "AA" and tested:
-                    value = average_accuracy(matrix, stage=stage)
-                elif measure == "FM" and tested and stage:
-                    value = forgetting(matrix, stage=stage)
-                elif measure == "FWT" and stage and alone:
-                    value = forward_transfer(matrix, alone, stage=stage)
-                if not math.isnan(value):
-                    rows.append({"run": _name(run, runs), "stage": stage + 1, "task": task, measure: value})
-        return rows
-
-    return rows_of
-
-
-def losses(runs: list[Run], way: str) -> list[Row]:
-    """The training loss at each step of the chain (Figure 9)."""
-    rows = []
-    for run in runs:
-        step = 0
-        for stage in run.results["stages"]:
-            for entry in stage["log"]:
-                step += 1
-                loss = entry.get("task_loss", entry["loss"])
-                rows.append({"run": _name(run, runs), "step": step, "task": stage["task"], "loss": loss})
-    return rows
-
-
-def coefficients(kind: str) -> Callable[[list[Run], str], list[Row]]:
-    """w or psi of each task to each earlier one, at each refresh (Figures 3, 6), where psi comes from a w."""
-
-    def rows_of(runs: list[Run], way: str) -> list[Row]:
-        rows = []
-        for run in runs:
-            for stage in run.results["stages"]:
-                start = {"run": _name(run, runs), "task": stage["task"]}
-                for found in _changes([_to_earlier(entry, kind) for entry in stage["log"]]):
-                    rows += [{**start, "earlier": earlier, kind: value} for earlier, value in found.items()]
-        return rows
-
-    return rows_of
-
-
-def _to_earlier(entry: dict[str, float], kind: str) -> dict[str, float]:
-    """w or psi to each earlier task in the log of a step, the mean over layers where there is one a layer."""
-    earlier = [name.split("/", 1)[1] for name in entry if name.startswith("similarity/")]  # none where psi is set to 1
-    return {name: entry[f"{kind}/{name}"] for name in earlier}
-
-
-def _changes(found: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Without what is empty or as before: psi changes at refreshes."""
-    return [now for before, now in zip([{}, *found], found, strict=False) if now and now != before]
-
-
-def steps(runs: list[Run], way: str) -> list[Row]:
-    """psi at each step of a task, where psi comes from a w."""
-    return [
-        {"run": _name(run, runs), "task": stage["task"], "earlier": earlier, "step": step, "psi": value}
-        for run in runs
-        for stage in run.results["stages"]
-        for step, entry in enumerate(stage["log"], start=1)
-        for earlier, value in _to_earlier(entry, "psi").items()
-    ]
-
-
-def layers(runs: list[Run], way: str) -> list[Row]:
-    """psi of each layer at a task's end, where there is one a layer."""
-    return [
-        {"run": _name(run, runs), "task": stage["task"], "earlier": earlier, "layer": layer, "psi": value}
-        for run in runs
-        for stage in run.results["stages"]
-        for earlier, values in stage.get("psi", {}).items()
-        if isinstance(values, list)
-        for layer, value in enumerate(values)
-    ]
-
-
-def agreement(runs: list[Run], way: str) -> list[Row]:
-    """How alike the tasks' outputs are after the last stage (Figure 5), where the run has them."""
-    return [
-        {"run": _name(run, runs), "task": a, "other": b, "similarity": value}
-        for run in runs
-        for a, others in run.results["stages"][-1].get("outputs", {}).items()
-        for b, value in others.items()
-    ]
-
-
-def _name(run: Run, runs: list[Run]) -> str:
-    seeds = {each.settings["seed"] for each in runs}
-    return run.label if len(seeds) == 1 else f"{run.label}, seed {run.settings['seed']}"
 
 
 # what a column of the tables is called beside an axis
@@ -237,7 +134,7 @@ def _grid(axes: Any, rows: list[Row]) -> None:
     axes.set_title(rows[0]["run"], fontsize="small")
 
 
-FIGURES: list[tuple[str, Callable[[list[Run], str], list[Row]], Callable[[Any, list[Row]], None]]] = [
+FIGURES: list[tuple[str, RowsOf, Callable[[Any, list[Row]], None]]] = [
     ("average_accuracy", by_stage("AA"), _lines),
     ("forgetting", by_stage("FM"), _lines),
     ("forward_transfer", by_stage("FWT"), _lines),
