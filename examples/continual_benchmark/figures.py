@@ -71,7 +71,7 @@ def _lines(axes: Any, rows: list[Row]) -> None:
         axes.set_xticks(list(tasks), list(tasks.values()), rotation=30 if len(tasks) > 6 else 0)
     axes.set(xlabel="after learning" if x == "stage" else "step", ylabel=_WORDS[y])
     axes.grid(True, alpha=0.3)
-    axes.legend(fontsize="small")
+    _legend(axes)
 
 
 def _violins(axes: Any, rows: list[Row]) -> None:
@@ -90,7 +90,7 @@ def _violins(axes: Any, rows: list[Row]) -> None:
         axes.scatter(*zip(*flat, strict=True), s=6, label=name)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set(ylabel=f"{_WORDS.get(y, y)} to earlier tasks")
-    axes.legend(fontsize="small")
+    _legend(axes)
 
 
 def _pairs(axes: Any, rows: list[Row]) -> None:
@@ -105,7 +105,15 @@ def _pairs(axes: Any, rows: list[Row]) -> None:
         axes.plot([row[x] for row in own], [row["psi"] for row in own], drawstyle=style, label=label)
     axes.set(xlabel=x if x == "layer" else "step of the task", ylabel="psi")
     axes.grid(True, alpha=0.3)
-    axes.legend(fontsize="x-small")
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Below the picture, where it hides nothing, and the picture no smaller for it."""
+    labels = axes.get_legend_handles_labels()[1]
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width, height + 0.2 * math.ceil(len(labels) / 2))
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small")
 
 
 def _grids(axes: Any, rows: list[Row]) -> None:

@@ -158,7 +158,7 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
 
 
 def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
-    axes = matplotlib.figure.Figure().subplots()
+    axes = matplotlib.figure.Figure(layout="constrained").subplots()
     rows = [{"run": f"run {run}", "step": step, "loss": 1.0} for run in range(25) for step in (1, 2)]
     benchmark("figures")._lines(axes, rows)
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(axes.lines) == 25
