@@ -59,22 +59,45 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
             results["settings"] = completed(results["settings"])
             found.append(Run(path.parent, results, results["title"], short(results["tasks"])))
     for run in found:
-        run.label = _label(run, found)
+        run.label = label_of(run, found)
     return found
 
 
-def _label(run: Run, runs: Sequence[Run]) -> str:
-    """The method, and what sets it apart from others that have the setting: settings that are not the default."""
+def label_of(run: Run, runs: Sequence[Run], but: Sequence[str] = ()) -> str:
+    """The method, and what sets it apart from others that have the setting: settings that are not the default.
+
+    Args:
+        but: settings that are not named.
+    """
     usual = completed({})
 
     def differs(name: str) -> bool:
         beside = [each for each in runs if each.settings["method"] in FOR.get(name, [each.settings["method"]])]
         return any(each.settings.get(name) != run.settings[name] for each in beside)
 
-    own = [name for name in run.settings if name not in ("method", *_FREE)]
+    own = [name for name in run.settings if name not in ("method", *_FREE, *but)]
     apart = [name for name in own if run.settings[name] != usual.get(name) and differs(name)]
     words = [f"{name.replace('_', ' ')} {_shown(run.settings[name])}" for name in apart]
     return run.results["title"] + (f" ({', '.join(words)})" if words else "")
+
+
+def same_place(run: Run, other: Run) -> bool:
+    """Whether they are of one order and seed."""
+    return (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
+
+
+def without_penalty(run: Run, runs: Sequence[Run]) -> Run | None:
+    """IncLoRA's run in the same place, as this one in all settings that IncLoRA has; None if it is not among these."""
+    own = [name for name in run.settings if name not in ("method", "tested", *_FREE)]
+    shared = [name for name in own if "inc_lora" in FOR.get(name, ["inc_lora"])]
+    found = (
+        each
+        for each in runs
+        if each.settings["method"] == "inc_lora"
+        and same_place(run, each)
+        and all(each.settings[name] == run.settings[name] for name in shared)
+    )
+    return next(found, None)
 
 
 def _shown(value: Any) -> str:

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from continual_benchmark import series
 from continual_benchmark.collect import comparable, read_runs
 from continual_benchmark.scores import WAYS
-from continual_benchmark.series import Row, RowsOf, agreement, by_stage, coefficients, layers, losses, steps
+from continual_benchmark.series import Row, RowsOf
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -108,6 +109,21 @@ def _pairs(axes: Any, rows: list[Row]) -> None:
     _legend(axes)
 
 
+def _strengths(axes: Any, rows: list[Row]) -> None:
+    """A line over lambda for each kind of run, with intervals, side by side where lambda is the same."""
+    kinds = list(dict.fromkeys(row["run"] for row in rows))
+    for index, kind in enumerate(kinds):
+        own = [row for row in rows if row["run"] == kind]
+        gaps = [row["difference"] for row in own]
+        reach = [[row["difference"] - row["low"] for row in own], [row["high"] - row["difference"] for row in own]]
+        places = [row["lambda"] * 1.08 ** (index - (len(kinds) - 1) / 2) for row in own]
+        axes.errorbar(places, gaps, yerr=reach, marker="o", markersize=4, capsize=3, label=kind)
+    axes.axhline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
+    axes.set(xscale="log", xlabel="lambda", ylabel="average accuracy, points above no penalty")
+    axes.grid(True, alpha=0.3)
+    _legend(axes)
+
+
 def _legend(axes: Any) -> None:
     """Below the picture, where it hides nothing, and the picture no smaller for it."""
     labels = axes.get_legend_handles_labels()[1]
@@ -143,15 +159,16 @@ def _grid(axes: Any, rows: list[Row]) -> None:
 
 
 FIGURES: list[tuple[str, RowsOf, Callable[[Any, list[Row]], None]]] = [
-    ("average_accuracy", by_stage("AA"), _lines),
-    ("forgetting", by_stage("FM"), _lines),
-    ("forward_transfer", by_stage("FWT"), _lines),
-    ("loss", losses, _lines),
-    ("similarity", coefficients("similarity"), _violins),
-    ("psi", coefficients("psi"), _violins),
-    ("psi_by_step", steps, _pairs),
-    ("psi_by_layer", layers, _pairs),
-    ("outputs", agreement, _grids),
+    ("average_accuracy", series.by_stage("AA"), _lines),
+    ("forgetting", series.by_stage("FM"), _lines),
+    ("forward_transfer", series.by_stage("FWT"), _lines),
+    ("loss", series.losses, _lines),
+    ("similarity", series.coefficients("similarity"), _violins),
+    ("psi", series.coefficients("psi"), _violins),
+    ("psi_by_step", series.steps, _pairs),
+    ("psi_by_layer", series.layers, _pairs),
+    ("outputs", series.agreement, _grids),
+    ("penalty_weight", series.by_weight, _strengths),
 ]
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from peft_aso import ASOLoraConfig
 from peft_aso.metrics import average_accuracy, forgetting, forward_transfer
 
-from .collect import Run
-from .scores import all_tested, matrix_of
+from .collect import Run, label_of, without_penalty
+from .scores import all_tested, difference, matrix_of
 
 Row = dict[str, Any]
 RowsOf = Callable[[list[Run], str], list[Row]]  # of these runs, with answers scored in this way
@@ -111,6 +112,33 @@ def agreement(runs: list[Run], way: str) -> list[Row]:
     ]
 
 
-def _name(run: Run, runs: list[Run]) -> str:
+def by_weight(runs: list[Run], way: str) -> list[Row]:
+    """AA less that of the same run without a penalty, and its paired 95% interval, for what was run with several
+    lambdas."""
+    kinds: dict[str, dict[float, list[Any]]] = {}
+    for run in runs:
+        weight, none = _weight(run), without_penalty(run, runs)
+        if weight and none:
+            kind = _name(run, runs, label_of(run, runs, but=["penalty_weight"]))
+            kinds.setdefault(kind, {})[weight] = [run.results, none.results, way]
+    several = {kind: weights for kind, weights in kinds.items() if len(weights) > 1}
+    rows = []
+    for kind, weights in several.items():
+        for weight, pair in sorted(weights.items()):
+            gap, (low, high) = difference(*pair)
+            rows.append({"run": kind, "lambda": weight, "low": low, "high": high, "difference": gap})
+    return rows
+
+
+def _weight(run: Run) -> float | None:
+    """lambda, where it is one for all tasks."""
+    given = run.settings["penalty_weight"]
+    if given is None:
+        form = "l1" if run.settings["method"] == "o_lora" else run.settings["penalty"]
+        return ASOLoraConfig(penalty=form, train_a=not run.settings["fixed_a"]).resolved_penalty_weight
+    return float(given[0]) if len(given) == 1 else None
+
+
+def _name(run: Run, runs: list[Run], label: str | None = None) -> str:
     seeds = {each.settings["seed"] for each in runs}
-    return run.label if len(seeds) == 1 else f"{run.label}, seed {run.settings['seed']}"
+    return (label or run.label) + (f", seed {run.settings['seed']}" if len(seeds) > 1 else "")

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
-from continual_benchmark.collect import Run, comparable, read_runs
+from continual_benchmark.collect import Run, comparable, read_runs, same_place
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
 from continual_benchmark.scores import WAYS, all_tested, changes, mean_difference, wrong_answers
@@ -163,7 +163,7 @@ def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
     alike: dict[Any, list[tuple[Run, Run]]] = {}
     several = len({run.label for run in runs if run.settings["method"] == options.against}) > 1
     for run in runs:
-        peers = [other for other in runs if other.settings["method"] == options.against and _same_place(run, other)]
+        peers = [other for other in runs if other.settings["method"] == options.against and same_place(run, other)]
         for peer in peers:
             if peer is not run:
                 beside = f" to {peer.label}" if several else ""
@@ -179,10 +179,6 @@ def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
 
 
 SHAPES = {"orders": by_order, "tasks": by_task, "measures": by_measure, "errors": by_error, "pairs": by_pair}
-
-
-def _same_place(run: Run, other: Run) -> bool:
-    return (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
 
 
 def _difference(pairs: list[tuple[Run, Run]], options: argparse.Namespace) -> str:

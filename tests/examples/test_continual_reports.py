@@ -157,6 +157,41 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
     assert of_one == list(range(1, 1 + len(of_one)))
 
 
+def test_accuracy_over_the_penaltys_weight(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    """Beside the run that differs in nothing but the penalty, where there are several weights."""
+    figures, scores = benchmark("figures"), benchmark("scores")
+    texts = {name: next(finished.glob(f"{name}*seed0/results.json")).read_text() for name in ("aso_lora", "inc_lora")}
+
+    def write(name: str, method: str, right: int, **settings: Any) -> dict[str, Any]:
+        results = json.loads(texts[method])
+        for ways in results["stages"][-1]["correct"].values():
+            ways.update({way: [place < right for place in range(len(each))] for way, each in ways.items()})
+        results["settings"] |= settings
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        found: dict[str, Any] = results
+        return found
+
+    none = write("none", "inc_lora", 3, diagnose=False)
+    write("wide", "inc_lora", 0, rank=64)
+    usual = write("usual", "aso_lora", 2)  # lambda 0.5
+    strong = write("strong", "aso_lora", 1, penalty_weight=[50.0], diagnose=True)
+    write("by task", "aso_lora", 0, penalty_weight=[1.0, 2.0])
+    write("one weight", "aso_lora", 0, penalty="l1")
+    for place, weight in enumerate((1.0, 2.0)):
+        write(f"alone {place}", "aso_lora", 0, penalty_weight=[weight], alpha=1)  # no IncLoRA with this alpha
+    figures.draw(figures.parse([str(tmp_path), "--out", str(tmp_path / "figures")]))
+    with (tmp_path / "figures" / "penalty_weight_colors-signs.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rank = none["settings"]["rank"]  # named because one run has another
+    assert [(row["run"], float(row["lambda"])) for row in rows] == [
+        (f"ASO-LoRA (rank {rank})", weight) for weight in (0.5, 50.0)
+    ]
+    for row, run in zip(rows, (usual, strong), strict=True):
+        gap, (low, high) = scores.difference(run, none, "generate")
+        assert [float(row[key]) for key in ("difference", "low", "high")] == [gap, low, high] and low <= gap < 0
+
+
 def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
     axes = matplotlib.figure.Figure(layout="constrained").subplots()
     rows = [{"run": f"run {run}", "step": step, "loss": 1.0} for run in range(25) for step in (1, 2)]

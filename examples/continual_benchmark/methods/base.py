@@ -32,14 +32,12 @@ class LossTrainer(InPartsMixin, Trainer):
     ) -> Any:
         loss, parts = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            tokens = sum((part.targets != -100).sum() for part in parts)
-            share = 1 if num_items_in_batch is None else tokens / num_items_in_batch  # of the step's, in this batch
             if self.args.gradient_accumulation_steps > 1 and not takes_parts(model):
-                loss = share * _mean_loss(parts)  # T5 gives the mean, whatever count it is told
+                loss = _share(parts, num_items_in_batch) * _mean_loss(parts)  # T5 gives the mean, whatever it is told
             more = self.method.training_loss(inputs, parts)
             if more is not None:
                 self.task_loss = loss.detach() + (0 if self.task_loss is None else self.task_loss)
-                loss = loss + share * more
+                loss = loss + _share(parts, num_items_in_batch) * more
         return (loss, parts) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -47,6 +45,11 @@ class LossTrainer(InPartsMixin, Trainer):
         if "loss" in logs and self.task_loss is not None:
             logs, self.task_loss = {**logs, "task_loss": float(self.task_loss)}, None
         super().log(logs, *args, **kwargs)
+
+
+def _share(parts: list[Part], step_tokens: Any) -> Any:
+    """How much of a step's answer tokens are in this batch; all where a step is one batch."""
+    return 1 if step_tokens is None else sum((part.targets != -100).sum() for part in parts) / step_tokens
 
 
 def _mean_loss(parts: list[Part]) -> torch.Tensor:
