@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .orders import short
-from .settings import FOR, completed
+from .settings import FOR, Settings, completed, usual_weight
 
 # two runs that differ in these alone are the same thing, and stand in one row; the last two say what is looked at
 _FREE = ("seed", "order", "score", "diagnose")
@@ -69,7 +69,7 @@ def label_of(run: Run, runs: Sequence[Run], but: Sequence[str] = ()) -> str:
     Args:
         but: settings that are not named.
     """
-    usual = completed({})
+    usual = {**Settings().chosen(), "penalty_weight": usual_weight(run.settings)}
 
     def differs(name: str) -> bool:
         beside = [each for each in runs if each.settings["method"] in FOR.get(name, [each.settings["method"]])]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from peft_aso import ASOLoraConfig
 from peft_aso.metrics import average_accuracy, forgetting, forward_transfer
 
 from .collect import Run, label_of, without_penalty
@@ -117,10 +116,10 @@ def by_weight(runs: list[Run], way: str) -> list[Row]:
     lambdas."""
     kinds: dict[str, dict[float, list[Any]]] = {}
     for run in runs:
-        weight, none = _weight(run), without_penalty(run, runs)
-        if weight and none:
+        weights, none = run.settings["penalty_weight"] or [], without_penalty(run, runs)
+        if any(weights) and len(weights) == 1 and none:
             kind = _name(run, runs, label_of(run, runs, but=["penalty_weight"]))
-            kinds.setdefault(kind, {})[weight] = [run.results, none.results, way]
+            kinds.setdefault(kind, {})[weights[0]] = [run.results, none.results, way]
     several = {kind: weights for kind, weights in kinds.items() if len(weights) > 1}
     rows = []
     for kind, weights in several.items():
@@ -128,15 +127,6 @@ def by_weight(runs: list[Run], way: str) -> list[Row]:
             gap, (low, high) = difference(*pair)
             rows.append({"run": kind, "lambda": weight, "low": low, "high": high, "difference": gap})
     return rows
-
-
-def _weight(run: Run) -> float | None:
-    """lambda, where it is one for all tasks."""
-    given = run.settings["penalty_weight"]
-    if given is None:
-        form = "l1" if run.settings["method"] == "o_lora" else run.settings["penalty"]
-        return ASOLoraConfig(penalty=form, train_a=not run.settings["fixed_a"]).resolved_penalty_weight
-    return float(given[0]) if len(given) == 1 else None
 
 
 def _name(run: Run, runs: list[Run], label: str | None = None) -> str:

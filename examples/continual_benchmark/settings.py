@@ -10,6 +10,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from peft_aso import ASOLoraConfig
+
 from .methods import METHODS
 
 # what a model trained on one task alone depends on, beside that task
@@ -41,6 +43,8 @@ FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lwf_weight", "lwf_temperature"), ("lwf",)),
     "osf_rank": ("osf",),
 }  # fmt: skip
+# lambda where results have none written: the default that both forms had then
+_FIRST_LAMBDA = 0.5
 
 
 def _option(default: Any, help_: str, group: str = "run", **more: Any) -> Any:
@@ -184,7 +188,8 @@ class Settings:
 
     def chosen(self) -> dict[str, Any]:
         """Everything that decides what comes out, as it is written down."""
-        return {name: value for name, value in as_json(self).items() if name not in _ELSEWHERE}
+        found = {name: value for name, value in as_json(self).items() if name not in _ELSEWHERE}
+        return {**found, "penalty_weight": found["penalty_weight"] or usual_weight(found)}
 
     def alone(self) -> dict[str, Any]:
         """What a task learned alone depends on, beside the task."""
@@ -192,9 +197,20 @@ class Settings:
         return {"scope": kind, **{name: value for name, value in as_json(self).items() if name in _ALONE}}
 
 
+def usual_weight(settings: dict[str, Any]) -> list[float] | None:
+    """The penalty's weight where none is given, as a run's settings have it; None where there is no penalty."""
+    if settings["method"] not in FOR["penalty_weight"]:
+        return None
+    form = "l1" if settings["method"] == "o_lora" else settings["penalty"]
+    return [ASOLoraConfig(penalty=form, train_a=not settings["fixed_a"]).resolved_penalty_weight]
+
+
 def completed(saved: dict[str, Any]) -> dict[str, Any]:
     """Settings as they were written down, with the defaults of those that there were not yet."""
-    return {**Settings().chosen(), **saved}
+    found = {**Settings().chosen(), **saved}
+    if saved.get("penalty_weight") is None:
+        found["penalty_weight"] = usual_weight(found) and [0.0 if found["fixed_a"] else _FIRST_LAMBDA]
+    return found
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from continual_benchmark.methods.adapters import ASOLoRA
 from continual_benchmark.methods.directions import layers_with, second_moments
 from continual_benchmark.results import Correct, write_json
 from continual_benchmark.scores import difference, matrix_of, measures, ways_of
-from continual_benchmark.settings import Settings
+from continual_benchmark.settings import Settings, completed
 from continual_benchmark.training import in_bf16
 from peft_aso import load_chain
 
@@ -212,7 +212,7 @@ def _settings(run: Path) -> tuple[Settings, Path]:
     chains = sorted(run.glob("state_*/chain"))
     if not (file.is_file() and chains and (run / "results.json").is_file()):
         raise SystemExit(f"{run} is no finished run of aso_lora, o_lora or inc_lora.")
-    given = json.loads(file.read_text(encoding="utf-8"))
+    given = completed(json.loads(file.read_text(encoding="utf-8")))
     for name in ("target_modules", "penalty_weight"):
         given[name] = tuple(given[name]) if given[name] else None
     return Settings(**given), chains[-1]

@@ -63,8 +63,10 @@ def test_a_run_is_called_by_what_is_unusual_in_it(benchmark: Any, finished: Path
     results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
     looked_at = {"score": "options", "diagnose": True}
     unusual = {"penalty_weight": [5.0], "init": "inputs", "fixed_a": True}
-    other = {"method": "osf", "tested": "new", "lr": 0.5, "replay": 0.5}
-    for name, more in (("plain", {}), ("looked at", looked_at), ("other", unusual), ("osf", other)):
+    other = {"method": "osf", "tested": "new", "lr": 0.5, "replay": 0.5, "penalty_weight": None}
+    hard = {"method": "o_lora", "penalty_weight": [0.5], "seed": 9}
+    changes = {"plain": {}, "looked at": looked_at, "other": unusual, "osf": other, "hard": hard}
+    for name, more in changes.items():
         (tmp_path / name).mkdir()
         changed = {**results, "settings": {**results["settings"], **more}}
         (tmp_path / name / "results.json").write_text(json.dumps(changed))
@@ -72,6 +74,7 @@ def test_a_run_is_called_by_what_is_unusual_in_it(benchmark: Any, finished: Path
     assert labels["plain"] == labels["looked at"] == "ASO-LoRA"
     assert labels["other"] == "ASO-LoRA (init inputs, fixed a yes, penalty weight 5)"
     assert labels["osf"] == "ASO-LoRA (tested new, lr 0.5)", "what all methods have; not a setting of Replay's"
+    assert labels["hard"] == "ASO-LoRA", "0.5 is what the L1 form usually has"
     with pytest.raises(SystemExit, match="are the same run: leave one out"):
         benchmark("table").main([str(tmp_path)])
 
@@ -174,7 +177,10 @@ def test_accuracy_over_the_penaltys_weight(benchmark: Any, finished: Path, tmp_p
 
     none = write("none", "inc_lora", 3, diagnose=False)
     write("wide", "inc_lora", 0, rank=64)
-    usual = write("usual", "aso_lora", 2)  # lambda 0.5
+    usual = write("usual", "aso_lora", 2)
+    for place, weight in enumerate((None, [5.0])):  # as it was written down when 0.5 was the default
+        write(f"earlier {place}", "aso_lora", 1, penalty_weight=weight, alpha=2)
+    write("earlier none", "inc_lora", 3, alpha=2)
     strong = write("strong", "aso_lora", 1, penalty_weight=[50.0], diagnose=True)
     write("by task", "aso_lora", 0, penalty_weight=[1.0, 2.0])
     write("one weight", "aso_lora", 0, penalty="l1")
@@ -184,10 +190,10 @@ def test_accuracy_over_the_penaltys_weight(benchmark: Any, finished: Path, tmp_p
     with (tmp_path / "figures" / "penalty_weight_colors-signs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     rank = none["settings"]["rank"]  # named because one run has another
-    assert [(row["run"], float(row["lambda"])) for row in rows] == [
-        (f"ASO-LoRA (rank {rank})", weight) for weight in (0.5, 50.0)
-    ]
-    for row, run in zip(rows, (usual, strong), strict=True):
+    kind, earlier = f"ASO-LoRA (rank {rank})", f"ASO-LoRA (rank {rank}, alpha 2)"
+    found = [(row["run"], float(row["lambda"])) for row in rows]
+    assert sorted(found) == [(kind, 0.05), (kind, 50.0), (earlier, 0.5), (earlier, 5.0)]
+    for row, run in zip((row for row in rows if row["run"] == kind), (usual, strong), strict=True):
         gap, (low, high) = scores.difference(run, none, "generate")
         assert [float(row[key]) for key in ("difference", "low", "high")] == [gap, low, high] and low <= gap < 0
 

@@ -106,6 +106,22 @@ def test_the_orders_are_table_4(benchmark: Any) -> None:
             orders.order_of(wrong)
 
 
+def test_lambda_is_written_down_as_a_number(benchmark: Any) -> None:
+    """And where it is not, it is the default of that time, whatever the default is now."""
+    module = benchmark("settings")
+    lines = {
+        "": [0.05], "--penalty l1": [0.5], "--method o_lora": [0.5], "--fixed-a": [0.0], "--penalty-weight 0": [0.0],
+        "--penalty-weight 3": [3.0], "--method inc_lora": None, "--method ewc": None,
+    }  # fmt: skip
+    chosen = {line: module.parse(line.split()).chosen() for line in lines}
+    assert {line: settings["penalty_weight"] for line, settings in chosen.items()} == lines
+    assert all(module.completed(settings) == settings for settings in chosen.values())
+    first = {line: module.completed({**settings, "penalty_weight": None}) for line, settings in chosen.items()}
+    assert {settings["penalty_weight"][0] for settings in first.values() if settings["penalty_weight"]} == {0.0, 0.5}
+    assert first["--fixed-a"]["penalty_weight"] == [0.0] and first[""]["penalty_weight"] == [0.5]
+    assert first["--method inc_lora"]["penalty_weight"] is None
+
+
 @pytest.mark.parametrize("method", ["aso_lora", "seq_lora", "replay", "ewc", "lwf", "seq_ft", "osf"])
 def test_a_run_that_was_stopped_goes_on(
     benchmark: Any, data: Path, saved: dict[str, Path], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -74,10 +74,21 @@ def test_settings_of_a_newer_version_are_left_out_with_a_warning(tmp_path: Path)
 
 
 def test_lambda_is_the_form_s_default_or_what_is_set():
-    assert ASOLoraConfig().resolved_penalty_weight == ASOLoraConfig(penalty="squared").resolved_penalty_weight
+    assert ASOLoraConfig().resolved_penalty_weight == 0.05  # validation data; the paper has 0.5
     assert ASOLoraConfig(penalty="l1").resolved_penalty_weight == 0.5
     assert ASOLoraConfig(penalty_weight=0).resolved_penalty_weight == 0
     assert ASOLoraConfig(penalty_weight=2.5, penalty="l1").resolved_penalty_weight == 2.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"penalty": "l1"}, {"penalty_weight": 2.5}, {"train_a": False}], ids=str)
+def test_a_saved_config_has_lambda_as_a_number(settings: dict[str, Any], tmp_path: Path):
+    """So that another default of a later version does not change what a task is trained on with."""
+    config = ASOLoraConfig(target_modules=["q_proj"], **settings)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["penalty_weight"]
+    assert saved == config.resolved_penalty_weight and isinstance(saved, float)
+    assert ASOLoraConfig.from_pretrained(str(tmp_path)).resolved_penalty_weight == saved
+    assert config.penalty_weight == settings.get("penalty_weight")  # saving does not change the config
 
 
 def test_the_model_of_a_task_follows_the_forward_pass():
