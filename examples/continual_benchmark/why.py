@@ -183,9 +183,7 @@ def _as_many_at_random(layer: Any, olds: list[str], new: str, before: list[torch
 @torch.no_grad()
 def _columns_of_earlier_b(layer: Any, olds: list[str], new: str, before: list[torch.Tensor]) -> None:
     columns = torch.cat([layer.lora_B[old].weight for old in olds], 1)
-    weight = layer.lora_B[new].weight
-    basis = torch.linalg.qr(columns.double()).Q
-    weight.copy_(weight - (basis @ (basis.T @ weight.double())).to(weight))
+    _take_out(layer.lora_B[new].weight.T, columns)
 
 
 CHANGES = {
