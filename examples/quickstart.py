@@ -77,6 +77,13 @@ def settings(args: argparse.Namespace, seq2seq: bool, **changes: Any) -> ASOLora
     )
 
 
+def in_use(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings as they are written down: with numbers where the command left them to the defaults."""
+    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    lambda_ = settings(args, seq2seq=False).resolved_penalty_weight
+    return {**chosen, "penalty_weight": lambda_, "precision": "bf16" if bf16_is_faster() else "float32"}
+
+
 def train(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> None:
     """Train the active adapter on one task."""
     seq2seq = model.config.is_encoder_decoder
@@ -190,11 +197,11 @@ def main() -> None:
     picture = plots.plot_overview(matrix, grid, names, args.out / "overview.png")
     results = {
         "tasks": names,
-        "accuracy": matrix,
+        "accuracy": [[value if value == value else None for value in row] for row in matrix],  # JSON has no nan
         "alone": reference,
         "metrics": metrics,
         "similarity": similarities,
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        "settings": in_use(args),
         "seconds": round(time.time() - started),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2))

@@ -155,8 +155,9 @@ def best_device() -> torch.device:
 
 
 @functools.cache
+@functools.cache
 def bf16_is_faster() -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured."""
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured once."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.ones(512, 1024, dtype=dtype, device=best_device()) for _ in range(2))

@@ -30,9 +30,11 @@ def test_quickstart(
     line = f"--data {data} --tasks colors,signs --model {saved[name]} --out {tmp_path} --rank 2 --steps 4 --probe 2"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *line.split(), "--epochs", "1", "--batch-size", "5"])
     quickstart.main()
-    assert len(asked) == 3  # two tasks, and the second one alone
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(asked) == 4  # two tasks, the second one alone, and what is written down
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert results["tasks"] == ["colors", "signs"] and set(results["metrics"]) == {"AA", "FM", "BWT", "FWT"}
+    assert results["settings"]["precision"] == ("bf16" if bf16 else "float32")
+    assert results["settings"]["penalty_weight"] == 0.05 and results["accuracy"][0][1] is None
     assert results["metrics"]["AA"] == pytest.approx(sum(results["accuracy"][-1]) / 2)
     assert math.isfinite(results["similarity"][1]["colors"])
     for written in ("overview.png", "chain/chain.json", "served/adapter_model.safetensors"):
