@@ -86,18 +86,34 @@ def same_place(run: Run, other: Run) -> bool:
     return (other.order, other.settings["seed"]) == (run.order, run.settings["seed"])
 
 
+def penalty_of(run: Run) -> tuple[str, tuple[float, ...], bool] | None:
+    """The form of a run's penalty, lambda, and whether it is hard (psi = 1); None if it has no penalty."""
+    settings = run.settings
+    weights = tuple(settings["penalty_weight"] or ())
+    if not any(weights):
+        return None
+    published = settings["method"] == "o_lora"
+    return "l1" if published else settings["penalty"], weights, published or settings["similarity"] == "none"
+
+
 def without_penalty(run: Run, runs: Sequence[Run]) -> Run | None:
     """IncLoRA's run in the same place, as this one in all settings that IncLoRA has; None if it is not among these."""
+    return next((each for each in runs if each.settings["method"] == "inc_lora" and _alike(run, each)), None)
+
+
+def hard_twin(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The run with psi = 1 beside a soft one of the same penalty, all else alike; None if it is not among these."""
+    own = penalty_of(run)
+    if own is None or own[2]:
+        return None
+    return next((each for each in runs if penalty_of(each) == (*own[:2], True) and _alike(run, each)), None)
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Whether they are in one place, and one in all settings that IncLoRA has."""
     own = [name for name in run.settings if name not in ("method", "tested", *_FREE)]
     shared = [name for name in own if "inc_lora" in FOR.get(name, ["inc_lora"])]
-    found = (
-        each
-        for each in runs
-        if each.settings["method"] == "inc_lora"
-        and same_place(run, each)
-        and all(each.settings[name] == run.settings[name] for name in shared)
-    )
-    return next(found, None)
+    return same_place(run, other) and all(other.settings[name] == run.settings[name] for name in shared)
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ python examples/continual_benchmark/table.py runs/continual_benchmark           
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape tasks      # Tables 3, 8: task by task
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape errors     # what wrong answers are
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape pairs      # w beside what was forgotten
+python examples/continual_benchmark/table.py runs/continual_benchmark --shape penalties  # soft, hard and no penalty
 python examples/continual_benchmark/table.py runs/continual_benchmark --against inc_lora # paired differences
 """
 
@@ -21,7 +22,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
-from continual_benchmark.collect import Run, comparable, read_runs, same_place
+from continual_benchmark.collect import Run, comparable, hard_twin, penalty_of, read_runs, same_place, without_penalty
 from continual_benchmark.orders import order_of
 from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
 from continual_benchmark.scores import WAYS, all_tested, changes, mean_difference, wrong_answers
@@ -36,10 +37,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
     add("--shape", choices=list(SHAPES), default="orders",
         help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, what its "
-        "wrong answers are, or w of each pair of tasks beside what learning one did to the other")  # fmt: skip
+        "wrong answers are, w of each pair of tasks beside what learning one did to the other, or each run with a "
+        "penalty beside the same without, and soft beside hard")  # fmt: skip
     add("--way", choices=WAYS, default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
-    add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against: difference in this")
+    add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against and penalties: difference in this")
     add("--after", metavar="N", type=int, help="with --against: as it stood after N tasks, instead of after all")
     add("--paper", choices=sorted(AVERAGE_ACCURACY), help="the paper's numbers for this model beside ours")
     add("--latex", action="store_true", help="LaTeX instead of Markdown")
@@ -150,6 +152,38 @@ def by_pair(runs: list[Run], options: argparse.Namespace) -> Rows:
     return [head, *rows, ["all", "", "", "", "", rank]]
 
 
+def by_penalty(runs: list[Run], options: argparse.Namespace) -> Rows:
+    """Each run with a penalty less the same run without, and a soft one less the hard one of the same form and lambda.
+
+    Where there are several orders of the same tasks, or several seeds, the mean over them comes last.
+
+    Raises:
+        SystemExit: no run there has a penalty and its like without.
+    """
+    rows = [["", "order", "seed", "without", "with", f"{options.measure}: to none", "soft to hard"]]
+    alike: dict[Any, list[tuple[Run, Run, Run | None]]] = {}
+    for run in runs:
+        none = without_penalty(run, runs) if penalty_of(run) else None
+        if none is not None:
+            trio = run, none, hard_twin(run, runs)
+            values = [_cell(each.number(options.way, options.measure)) for each in (none, run)]
+            rows.append([run.label, run.order, str(run.settings["seed"]), *values, *_both(options, trio)])
+            alike.setdefault((run.label, frozenset(run.results["tasks"])), []).append(trio)
+    if len(rows) == 1:
+        raise SystemExit("--shape penalties: no run there has a penalty and, beside it, IncLoRA with the same settings.")
+    for (label, _), trios in alike.items():
+        if len(trios) > 1:
+            rows.append([label, f"mean of {len(trios)}", "", "", "", *_both(options, *trios)])
+    return rows
+
+
+def _both(options: argparse.Namespace, *trios: tuple[Run, Run, Run | None]) -> list[str]:
+    """What a run has more than the one without a penalty, and than the hard one where each of these has one."""
+    hard = [(run, twin) for run, _, twin in trios if twin is not None]
+    to_hard = _difference(hard, options) if len(hard) == len(trios) else ""
+    return [_difference([(run, none) for run, none, _ in trios], options), to_hard]
+
+
 def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
     """One measure less that of another method on the same order and seed, on the same test examples.
 
@@ -178,7 +212,10 @@ def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
     return rows
 
 
-SHAPES = {"orders": by_order, "tasks": by_task, "measures": by_measure, "errors": by_error, "pairs": by_pair}
+SHAPES = {
+    "orders": by_order, "tasks": by_task, "measures": by_measure, "errors": by_error, "pairs": by_pair,
+    "penalties": by_penalty,
+}  # fmt: skip
 
 
 def _difference(pairs: list[tuple[Run, Run]], options: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,20 @@ def finished(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path_factor
         )
         benchmark("chain").run(settings)
     return out
+
+
+def write_run(finished: Path, into: Path, name: str, method: str, right: int, **settings: Any) -> dict[str, Any]:
+    """A run of this method that had the first so many test questions right after its last stage, and was set so."""
+    results: dict[str, Any] = json.loads(next(finished.glob(f"{method}*seed0/results.json")).read_text())
+    for ways in results["stages"][-1]["correct"].values():
+        ways.update({way: [place < right for place in range(len(each))] for way, each in ways.items()})
+    results["settings"] |= settings
+    stages = [stage["correct"] for stage in results["stages"]]
+    for way, found in results["summary"].items():
+        found["AA"] = 100 * sum(sum(each[way]) / len(each[way]) for each in stages[-1].values()) / len(stages[-1])
+    (into / name).mkdir()
+    (into / name / "results.json").write_text(json.dumps(results))
+    return results
 
 
 def test_tables_have_the_papers_shape(benchmark: Any, finished: Path) -> None:
@@ -164,18 +179,7 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
 def test_accuracy_over_the_penaltys_weight(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     """Beside the run that differs in nothing but the penalty, where there are several weights."""
     figures, scores = benchmark("figures"), benchmark("scores")
-    texts = {name: next(finished.glob(f"{name}*seed0/results.json")).read_text() for name in ("aso_lora", "inc_lora")}
-
-    def write(name: str, method: str, right: int, **settings: Any) -> dict[str, Any]:
-        results = json.loads(texts[method])
-        for ways in results["stages"][-1]["correct"].values():
-            ways.update({way: [place < right for place in range(len(each))] for way, each in ways.items()})
-        results["settings"] |= settings
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
-        found: dict[str, Any] = results
-        return found
-
+    write = functools.partial(write_run, finished, tmp_path)
     none = write("none", "inc_lora", 3, diagnose=False)
     write("wide", "inc_lora", 0, rank=64)
     usual = write("usual", "aso_lora", 2)
@@ -197,6 +201,45 @@ def test_accuracy_over_the_penaltys_weight(benchmark: Any, finished: Path, tmp_p
     for row, run in zip((row for row in rows if row["run"] == kind), (usual, strong), strict=True):
         gap, (low, high) = scores.difference(run, none, "generate")
         assert [float(row[key]) for key in ("difference", "low", "high")] == [gap, low, high] and low <= gap < 0
+
+
+def test_soft_beside_hard_and_none(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    """Each penalty beside the run that differs in nothing else; with two seeds, the mean last."""
+    module, scores = benchmark("table"), benchmark("scores")
+    write = functools.partial(write_run, finished, tmp_path)
+    none, soft, hard = (
+        write(name, method, right, **settings)
+        for name, method, right, settings in (
+            ("none", "inc_lora", 3, {}),
+            ("soft", "aso_lora", 2, {"penalty": "l1", "penalty_weight": [0.5]}),
+            ("hard", "o_lora", 1, {"penalty_weight": [0.5]}),
+        )
+    )
+    write("none again", "inc_lora", 1, seed=1)
+    write("soft again", "aso_lora", 2, seed=1, penalty="l1", penalty_weight=[0.5])
+    write("hard, squared", "aso_lora", 0, similarity="none")  # of another form: not the soft one's twin
+    write("no lambda", "aso_lora", 0, penalty_weight=[0.0])
+    write("other", "aso_lora", 0, alpha=1)  # no IncLoRA with this alpha
+    lines = module.table(module.parse([str(tmp_path), "--shape", "penalties"])).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    def gap(*pairs: tuple[Any, Any]) -> str:
+        value, (low, high) = scores.mean_difference(pairs, "generate")
+        return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    count = len(next(iter(none["stages"][-1]["correct"].values()))["generate"])
+    shown = [f"{100 * right / count:.1f}" for right in (3, 2)]
+    found = {(row[0], row[2]): row[3:] for row in rows[2:]}
+    name = "ASO-LoRA (penalty l1)"
+    assert found[name, "0"] == [*shown, gap((soft, none)), gap((soft, hard))]
+    assert found["O-LoRA", "0"][2:] == [gap((hard, none)), ""]
+    assert found["ASO-LoRA (similarity none)", "0"][3] == ""
+    assert rows[-1][:2] == [name, "mean of 2"] and rows[-1][6] == "", "one of them has no hard twin"
+    ones = [float(found[name, seed][2].split()[0]) for seed in "01"]
+    assert ones[0] < 0 < ones[1] and float(rows[-1][5].split()[0]) == pytest.approx(sum(ones) / 2, abs=0.11)
+    assert len(rows) == 2 + 4 + 1
+    with pytest.raises(SystemExit, match="no run there has a penalty"):
+        module.table(module.parse([str(tmp_path / "none"), "--shape", "penalties"]))
 
 
 def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
