@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "penalty beside the same without, and soft beside hard")  # fmt: skip
     add("--way", choices=WAYS, default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
-    add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="with --against and penalties: difference in this")
+    add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="of a difference: in what")
     add("--after", metavar="N", type=int, help="with --against: as it stood after N tasks, instead of after all")
     add("--paper", choices=sorted(AVERAGE_ACCURACY), help="the paper's numbers for this model beside ours")
     add("--latex", action="store_true", help="LaTeX instead of Markdown")
@@ -170,7 +170,7 @@ def by_penalty(runs: list[Run], options: argparse.Namespace) -> Rows:
             rows.append([run.label, run.order, str(run.settings["seed"]), *values, *_both(options, trio)])
             alike.setdefault((run.label, frozenset(run.results["tasks"])), []).append(trio)
     if len(rows) == 1:
-        raise SystemExit("--shape penalties: no run there has a penalty and, beside it, IncLoRA with the same settings.")
+        raise SystemExit("--shape penalties: no run there has a penalty, and beside it IncLoRA set alike.")
     for (label, _), trios in alike.items():
         if len(trios) > 1:
             rows.append([label, f"mean of {len(trios)}", "", "", "", *_both(options, *trios)])
