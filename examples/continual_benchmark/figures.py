@@ -124,6 +124,28 @@ def _strengths(axes: Any, rows: list[Row]) -> None:
     _legend(axes)
 
 
+def _beside_none(axes: Any, rows: list[Row]) -> None:
+    """One line a run, the best on top, soft and hard in colours of their own."""
+    ordered = sorted(rows, key=lambda row: row["difference"])
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width + 2, max(height / 2, 1.5 + 0.3 * len(rows)))
+    for psi in sorted({row["psi"] for row in rows}, reverse=True):
+        own = [(place, row) for place, row in enumerate(ordered) if row["psi"] == psi]
+        gaps = [row["difference"] for _, row in own]
+        reach = [
+            [row["difference"] - row["low"] for _, row in own],
+            [row["high"] - row["difference"] for _, row in own],
+        ]
+        axes.errorbar(
+            gaps, [place for place, _ in own], xerr=reach, fmt="o", markersize=4, capsize=3, label=f"psi {psi}"
+        )
+    axes.axvline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
+    axes.set_yticks(range(len(ordered)), [row["run"] for row in ordered], fontsize="small")
+    axes.set(xlabel="average accuracy, points above no penalty")
+    axes.grid(True, axis="x", alpha=0.3)
+    _legend(axes)
+
+
 def _legend(axes: Any) -> None:
     """Below the picture, where it hides nothing, and the picture no smaller for it."""
     labels = axes.get_legend_handles_labels()[1]
@@ -169,6 +191,7 @@ FIGURES: list[tuple[str, RowsOf, Callable[[Any, list[Row]], None]]] = [
     ("psi_by_layer", series.layers, _pairs),
     ("outputs", series.agreement, _grids),
     ("penalty_weight", series.by_weight, _strengths),
+    ("penalties", series.by_penalty, _beside_none),
 ]
 
 

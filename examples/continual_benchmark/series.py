@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_aso.metrics import average_accuracy, forgetting, forward_transfer
 
-from .collect import Run, label_of, without_penalty
+from .collect import Run, label_of, penalty_of, without_penalty
 from .scores import all_tested, difference, matrix_of
 
 Row = dict[str, Any]
@@ -126,6 +126,18 @@ def by_weight(runs: list[Run], way: str) -> list[Row]:
         for weight, pair in sorted(weights.items()):
             gap, (low, high) = difference(*pair)
             rows.append({"run": kind, "lambda": weight, "low": low, "high": high, "difference": gap})
+    return rows
+
+
+def by_penalty(runs: list[Run], way: str) -> list[Row]:
+    """Of each run with a penalty, AA less that of the same run without, and its paired 95% interval."""
+    rows = []
+    for run in runs:
+        penalty, none = penalty_of(run), without_penalty(run, runs)
+        if penalty and none:
+            gap, (low, high) = difference(run.results, none.results, way)
+            psi = "1 (hard)" if penalty[2] else "soft"
+            rows.append({"run": _name(run, runs), "psi": psi, "low": low, "high": high, "difference": gap})
     return rows
 
 

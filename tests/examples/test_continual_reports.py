@@ -161,7 +161,7 @@ def test_figures_with_the_numbers_behind_them(benchmark: Any, finished: Path, tm
     topics = {path.stem.removesuffix("_colors-signs") for path in files}
     assert topics == {
         "average_accuracy", "forgetting", "forward_transfer", "loss", "similarity", "psi", "psi_by_step",
-        "psi_by_layer", "outputs",
+        "psi_by_layer", "outputs", "penalties",
     }  # fmt: skip
     assert {path.suffix for path in files} == {".png", ".svg", ".csv"} and len(files) == 3 * len(topics)
     assert all(path.stat().st_size > 0 for path in files)
@@ -238,6 +238,16 @@ def test_soft_beside_hard_and_none(benchmark: Any, finished: Path, tmp_path: Pat
     ones = [float(found[name, seed][2].split()[0]) for seed in "01"]
     assert ones[0] < 0 < ones[1] and float(rows[-1][5].split()[0]) == pytest.approx(sum(ones) / 2, abs=0.11)
     assert len(rows) == 2 + 4 + 1
+    figures = benchmark("figures")
+    figures.draw(figures.parse([str(tmp_path), "--out", str(tmp_path / "figures")]))
+    with (tmp_path / "figures" / "penalties_colors-signs.csv").open(encoding="utf-8", newline="") as file:
+        drawn = {row["run"]: row for row in csv.DictReader(file)}
+    assert {name: row["psi"] for name, row in drawn.items()} == {
+        f"{name}, seed 0": "soft", f"{name}, seed 1": "soft", "O-LoRA, seed 0": "1 (hard)",
+        "ASO-LoRA (similarity none), seed 0": "1 (hard)",
+    }  # fmt: skip
+    value, ends = scores.difference(soft, none, "generate")
+    assert [float(drawn[f"{name}, seed 0"][key]) for key in ("difference", "low", "high")] == [value, *ends]
     with pytest.raises(SystemExit, match="no run there has a penalty"):
         module.table(module.parse([str(tmp_path / "none"), "--shape", "penalties"]))
 
