@@ -151,3 +151,22 @@ def test_nothing_is_left_unfinished() -> None:
     for path in [*SOURCES, *texts]:
         marked = UNFINISHED.search(path.read_text())
         assert marked is None, f"{path}: {marked.group()}"
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a document, those in code left out."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for at in ("docs", "examples") for path in (ROOT / at).rglob("*.md"))])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=names(DOCUMENTS))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("https://", "http://")):
+            file, _, anchor = target.partition("#")
+            there = path.parent / file if file else path
+            assert there.exists(), f"{path}: {target}"
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{path}: {target}"
