@@ -26,11 +26,12 @@ from tasks import Task, best_device, load_model
 
 from continual_benchmark.data import read_tasks
 from continual_benchmark.evaluation import answer
+from continual_benchmark.finished import as_table, finished_chain
 from continual_benchmark.methods.adapters import ASOLoRA
 from continual_benchmark.methods.directions import layers_with, second_moments
 from continual_benchmark.results import Correct, write_json
 from continual_benchmark.scores import difference, matrix_of, measures, ways_of
-from continual_benchmark.settings import Settings, completed
+from continual_benchmark.settings import Settings
 from continual_benchmark.training import in_bf16
 from peft_aso import load_chain
 
@@ -54,7 +55,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SystemExit: not a finished run of adapters.
     """
-    settings, folder = _settings(options.run)
+    settings, folder = finished_chain(options.run)
     results = json.loads((options.run / "results.json").read_text(encoding="utf-8"))
     names = results["tasks"]
     tasks = read_tasks(names, settings)
@@ -64,11 +65,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     print("Reading the inputs of each task ...", flush=True)
     moments = {task.name: _normed(second_moments(model, task.name, method.few_batches(task))) for task in tasks}
     found: dict[str, Any] = {"geometry": geometry(model, names, moments)}
-    print(_table(found["geometry"]))
+    print(as_table(found["geometry"]))
     if not options.no_tests:
         answers = interventions(model, tokenizer, tasks, moments, settings)
         found["taken out"] = [effect(results, title, right) for title, right in answers.items()]
-        print(_table(found["taken out"]))
+        print(as_table(found["taken out"]))
     write_json(options.run / "why.json", found)
     return found
 
@@ -203,29 +204,6 @@ def _take_out(weight: torch.Tensor, directions: torch.Tensor) -> None:
 
 def _normed(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: moment / moment.trace() for name, moment in moments.items()}
-
-
-def _settings(run: Path) -> tuple[Settings, Path]:
-    file = run / "settings.json"
-    chains = sorted(run.glob("state_*/chain"))
-    if not (file.is_file() and chains and (run / "results.json").is_file()):
-        raise SystemExit(f"{run} is no finished run of aso_lora, o_lora or inc_lora.")
-    given = completed(json.loads(file.read_text(encoding="utf-8")))
-    for name in ("target_modules", "penalty_weight"):
-        given[name] = tuple(given[name]) if given[name] else None
-    return Settings(**given), chains[-1]
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    heads = list(rows[0])
-    cells = [[_cell(row[head]) for head in heads] for row in rows]
-    return "\n" + "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import matplotlib.figure
 import pytest
 import torch
 
+from peft_aso import AttributionConfig, load_chain, update_coefficients
 from tests.examples.tiny_tasks import TASKS, settings_of
 
 
@@ -385,6 +386,28 @@ def test_why(benchmark: Any, finished: Path) -> None:
         assert untouched[f"change of FM, {way}"] == [0, 0, 0]
     with pytest.raises(SystemExit, match="no finished run"):
         module.main(module.parse([str(finished)]))
+
+
+def test_psi_of_each_reading_is_that_of_the_package(benchmark: Any, finished: Path, saved: dict[str, Path]) -> None:
+    """Which takes one reading at a time, from an adapter's settings."""
+    module, chosen = benchmark("psi"), benchmark("finished").finished_chain
+    run = next(finished.glob("aso_lora*seed0"))
+    rows = module.main(module.parse([str(run), "--examples", "3"]))
+    assert json.loads((run / "psi.json").read_text()) == rows and len(rows) == 24
+    assert len({row["signs to colors"] for row in rows}) > 12, "readings differ"
+    settings, folder = chosen(run)
+    base, tokenizer = benchmark("chain").load_model(str(saved["llama"]))
+    model = load_chain(base, folder)
+    (task,) = benchmark("data").read_tasks(["signs"], settings)
+    task.train = task.train[:3]
+    batches = benchmark("methods.adapters").ASOLoRA(base, tokenizer, settings).few_batches(task)
+    for row in rows:
+        reading = {name: value for name, value in row.items() if " " not in name}
+        model.peft_config["signs"].attribution = AttributionConfig(**reading)
+        psi = update_coefficients(model, batches).soft_coefficients
+        assert psi == {"colors": pytest.approx(row["signs to colors"], abs=1e-5)}, reading
+    with pytest.raises(SystemExit, match="no finished run"):
+        chosen(finished)
 
 
 def test_what_is_taken_out_counts_against_the_run(benchmark: Any) -> None:
