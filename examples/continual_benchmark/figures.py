@@ -10,6 +10,7 @@ import csv
 import itertools
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _beside_none(axes: Any, rows: list[Row]) -> None:
             gaps, [place for place, _ in own], xerr=reach, fmt="o", markersize=4, capsize=3, label=f"psi {psi}"
         )
     axes.axvline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
-    axes.set_yticks(range(len(ordered)), [row["run"] for row in ordered], fontsize="small")
+    axes.set_yticks(range(len(ordered)), [textwrap.fill(row["run"], 60) for row in ordered], fontsize="small")
     axes.set(xlabel="average accuracy, points above no penalty")
     axes.grid(True, axis="x", alpha=0.3)
     _legend(axes)
