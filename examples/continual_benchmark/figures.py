@@ -116,9 +116,8 @@ def _strengths(axes: Any, rows: list[Row]) -> None:
     for index, kind in enumerate(kinds):
         own = [row for row in rows if row["run"] == kind]
         gaps = [row["difference"] for row in own]
-        reach = [[row["difference"] - row["low"] for row in own], [row["high"] - row["difference"] for row in own]]
         places = [row["lambda"] * 1.08 ** (index - (len(kinds) - 1) / 2) for row in own]
-        axes.errorbar(places, gaps, yerr=reach, marker="o", markersize=4, capsize=3, label=kind)
+        axes.errorbar(places, gaps, yerr=_reach(own), marker="o", markersize=4, capsize=3, label=kind)
     axes.axhline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
     axes.set(xscale="log", xlabel="lambda", ylabel="average accuracy, points above no penalty")
     axes.grid(True, alpha=0.3)
@@ -132,19 +131,19 @@ def _beside_none(axes: Any, rows: list[Row]) -> None:
     axes.figure.set_size_inches(width + 2, max(height / 2, 1.5 + 0.3 * len(rows)))
     for psi in sorted({row["psi"] for row in rows}, reverse=True):
         own = [(place, row) for place, row in enumerate(ordered) if row["psi"] == psi]
-        gaps = [row["difference"] for _, row in own]
-        reach = [
-            [row["difference"] - row["low"] for _, row in own],
-            [row["high"] - row["difference"] for _, row in own],
-        ]
-        axes.errorbar(
-            gaps, [place for place, _ in own], xerr=reach, fmt="o", markersize=4, capsize=3, label=f"psi {psi}"
-        )
+        places, of_psi = [place for place, _ in own], [row for _, row in own]
+        gaps = [row["difference"] for row in of_psi]
+        axes.errorbar(gaps, places, xerr=_reach(of_psi), fmt="o", markersize=4, capsize=3, label=f"psi {psi}")
     axes.axvline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
     axes.set_yticks(range(len(ordered)), [textwrap.fill(row["run"], 60) for row in ordered], fontsize="small")
     axes.set(xlabel="average accuracy, points above no penalty")
     axes.grid(True, axis="x", alpha=0.3)
     _legend(axes)
+
+
+def _reach(rows: list[Row]) -> list[list[float]]:
+    """How far each difference's interval goes down and up from it."""
+    return [[row["difference"] - row["low"] for row in rows], [row["high"] - row["difference"] for row in rows]]
 
 
 def _legend(axes: Any) -> None:

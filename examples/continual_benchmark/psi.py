@@ -13,6 +13,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,11 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
-from tasks import Task, best_device, load_model
+from tasks import Task
 
-from continual_benchmark.data import read_tasks
-from continual_benchmark.finished import as_table, finished_chain
-from continual_benchmark.methods.adapters import ASOLoRA
-from continual_benchmark.orders import order_of
+from continual_benchmark.finished import Finished, as_table, open_run
 from continual_benchmark.results import write_json
-from peft_aso import AttributionVector, compute_attribution, load_chain, similarity
+from peft_aso import AttributionVector, compute_attribution, similarity
 
 MODELS = ("cumulative", "task")
 AGGREGATIONS = ("per_example", "mean")
@@ -40,7 +38,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="psi.py", description="psi under each reading of the paper.")
     parser.add_argument("run", type=Path, help="the results folder of a finished run of aso_lora, o_lora or inc_lora")
-    parser.add_argument("--examples", type=int, default=16, help="of each task that are looked at, 64 at most")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=16,
+        metavar="N",
+        choices=range(1, 65),
+        help="of each task that are looked at, 1 to 64",
+    )
     return parser.parse_args(arguments)
 
 
@@ -50,16 +55,12 @@ def main(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         SystemExit: not a finished run of adapters.
     """
-    settings, folder = finished_chain(options.run)
-    tasks = read_tasks(order_of(settings.order), settings)
-    base, tokenizer = load_model(settings.model)
-    model = load_chain(base.to(best_device()), folder).eval()
-    method = ASOLoRA(base, tokenizer, settings)
+    run = open_run(options.run)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for place, task in enumerate(tasks[1:], start=1):
-        names = [each.name for each in tasks[: place + 1]]
+    for place, task in enumerate(run.tasks[1:], start=1):
+        names = [each.name for each in run.tasks[: place + 1]]
         for of in MODELS:
-            vectors = attribute(model, method, task, names, of == "task", options.examples)
+            vectors = attribute(run, task, names, of == "task", options.examples)
             for way in itertools.product(AGGREGATIONS, SIGNS, SIMILARITIES):
                 reading = dict(zip(("aggregation", "absolute", "similarity"), way, strict=True))
                 row = rows.setdefault((of, *way), {"attribution_model": of, **reading})
@@ -71,13 +72,16 @@ def main(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def attribute(model: Any, method: ASOLoRA, task: Task, names: list[str], alone: bool, examples: int) -> Vectors:
+def attribute(run: Finished, task: Task, names: list[str], alone: bool, examples: int) -> Vectors:
     """The vectors of these tasks' models on the first examples of `task`: with their histories, or alone."""
-    batches = method.few_batches(Task(task.name, task.options, task.train[:examples], []))
+    batches = run.method.few_batches(replace(task, train=task.train[:examples]))
     bar = tqdm(names, desc=f"{task.name}, {'alone' if alone else 'with history'}", unit="model", leave=False)
     return {
         name: AttributionVector.cat(
-            [compute_attribution(model, batch, adapter=name, alone=alone, quadrature="adaptive") for batch in batches]
+            [
+                compute_attribution(run.model, batch, adapter=name, alone=alone, quadrature="adaptive")
+                for batch in batches
+            ]
         )
         for name in bar
     }

@@ -45,7 +45,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--after", metavar="N", type=int, help="with --against: as it stood after N tasks, instead of after all")
     add("--paper", choices=sorted(AVERAGE_ACCURACY), help="the paper's numbers for this model beside ours")
     add("--latex", action="store_true", help="LaTeX instead of Markdown")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.after is not None and not options.against:
+        parser.error("--after goes with --against")
+    return options
 
 
 def table(options: argparse.Namespace) -> str:

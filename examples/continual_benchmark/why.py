@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,18 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
-from tasks import Task, best_device, load_model
+from tasks import Task
 
-from continual_benchmark.data import read_tasks
 from continual_benchmark.evaluation import answer
-from continual_benchmark.finished import as_table, finished_chain
-from continual_benchmark.methods.adapters import ASOLoRA
+from continual_benchmark.finished import as_table, open_run
 from continual_benchmark.methods.directions import layers_with, second_moments
 from continual_benchmark.results import Correct, write_json
 from continual_benchmark.scores import difference, matrix_of, measures, ways_of
 from continual_benchmark.settings import Settings
 from continual_benchmark.training import in_bf16
-from peft_aso import load_chain
 
 Moments = dict[str, dict[str, torch.Tensor]]  # task, layer
 LEADING = 32  # directions of earlier inputs that are taken out
@@ -55,19 +51,13 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SystemExit: not a finished run of adapters.
     """
-    settings, folder = finished_chain(options.run)
-    results = json.loads((options.run / "results.json").read_text(encoding="utf-8"))
-    names = results["tasks"]
-    tasks = read_tasks(names, settings)
-    base, tokenizer = load_model(settings.model)
-    model = load_chain(base.to(best_device()), folder).eval()
-    method = ASOLoRA(base, tokenizer, settings)
+    results, settings, tasks, model, method = open_run(options.run)
     print("Reading the inputs of each task ...", flush=True)
     moments = {task.name: _normed(second_moments(model, task.name, method.few_batches(task))) for task in tasks}
-    found: dict[str, Any] = {"geometry": geometry(model, names, moments)}
+    found: dict[str, Any] = {"geometry": geometry(model, results["tasks"], moments)}
     print(as_table(found["geometry"]))
     if not options.no_tests:
-        answers = interventions(model, tokenizer, tasks, moments, settings)
+        answers = interventions(model, method.tokenizer, tasks, moments, settings)
         found["taken out"] = [effect(results, title, right) for title, right in answers.items()]
         print(as_table(found["taken out"]))
     write_json(options.run / "why.json", found)

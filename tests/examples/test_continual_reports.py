@@ -249,6 +249,8 @@ def test_soft_beside_hard_and_none(benchmark: Any, finished: Path, tmp_path: Pat
     }  # fmt: skip
     value, ends = scores.difference(soft, none, "generate")
     assert [float(drawn[f"{name}, seed 0"][key]) for key in ("difference", "low", "high")] == [value, *ends]
+    with pytest.raises(SystemExit):  # its columns of accuracy are those at the end
+        module.parse([str(tmp_path), "--shape", "penalties", "--after", "1"])
     with pytest.raises(SystemExit, match="no run there has a penalty"):
         module.table(module.parse([str(tmp_path / "none"), "--shape", "penalties"]))
 
