@@ -84,3 +84,8 @@ def shard_on_cpu(trainer: Any) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+    # All is written. A thread of gloo may still let go of a tensor, for which it needs the interpreter, and one that
+    # asks while the interpreter shuts down aborts the process ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
