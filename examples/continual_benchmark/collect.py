@@ -64,7 +64,8 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def label_of(run: Run, runs: Sequence[Run], but: Sequence[str] = ()) -> str:
-    """The method, and what sets it apart from others that have the setting: settings that are not the default.
+    """The method, and what sets it apart from others that have the setting: settings that are not the default. Such a
+    lambda is always named.
 
     Args:
         but: settings that are not named.
@@ -76,7 +77,10 @@ def label_of(run: Run, runs: Sequence[Run], but: Sequence[str] = ()) -> str:
         return any(each.settings.get(name) != run.settings[name] for each in beside)
 
     own = [name for name in run.settings if name not in ("method", *_FREE, *but)]
-    apart = [name for name in own if run.settings[name] != usual.get(name) and differs(name)]
+    apart = [
+        name for name in own
+        if run.settings[name] != usual.get(name) and (differs(name) or name == "penalty_weight")
+    ]  # fmt: skip
     words = [f"{name.replace('_', ' ')} {_shown(run.settings[name])}" for name in apart]
     return run.results["title"] + (f" ({', '.join(words)})" if words else "")
 
@@ -97,8 +101,13 @@ def penalty_of(run: Run) -> tuple[str, tuple[float, ...], bool] | None:
 
 
 def without_penalty(run: Run, runs: Sequence[Run]) -> Run | None:
-    """IncLoRA's run in the same place, as this one in all settings that IncLoRA has; None if it is not among these."""
-    return next((each for each in runs if each.settings["method"] == "inc_lora" and _alike(run, each)), None)
+    """The run with lambda 0 in the same place, alike in all else that it has: IncLoRA's, or ASO-LoRA's with weight 0;
+    None if it is not among these."""
+    for method in ("inc_lora", "aso_lora"):
+        for each in (each for each in runs if each.settings["method"] == method and penalty_of(each) is None):
+            if _alike(run, each):
+                return each
+    return None
 
 
 def hard_twin(run: Run, runs: Sequence[Run]) -> Run | None:

@@ -96,15 +96,18 @@ def _violins(axes: Any, rows: list[Row]) -> None:
 
 
 def _pairs(axes: Any, rows: list[Row]) -> None:
-    """psi by layer or by step, a line for each pair of tasks."""
+    """psi by layer or by step: a colour for each pair of tasks, a dash for each run."""
     x = "layer" if "layer" in rows[0] else "step"
-    pairs = dict.fromkeys((row["run"], row["task"], row["earlier"]) for row in rows)
-    several = len({run for run, _, _ in pairs}) > 1
-    for run, task, earlier in pairs:
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    pairs = list(dict.fromkeys((row["task"], row["earlier"]) for row in rows))
+    for (place, run), (index, (task, earlier)) in itertools.product(enumerate(runs), enumerate(pairs)):
         own = [row for row in rows if (row["run"], row["task"], row["earlier"]) == (run, task, earlier)]
-        label = f"{task} to {earlier}" + f", {run}" * several
+        label = f"{task} to {earlier}" + f", {run}" * (len(runs) > 1)
         style = "default" if x == "layer" else "steps-post"  # it stays as it is until the next refresh
-        axes.plot([row[x] for row in own], [row["psi"] for row in own], drawstyle=style, label=label)
+        dash = _STYLES[(place * math.ceil(len(pairs) / 10) + index // 10) % len(_STYLES)]
+        places, values = ([row[key] for row in own] for key in (x, "psi"))
+        if own:
+            axes.plot(places, values, drawstyle=style, linestyle=dash, color=f"C{index % 10}", label=label)
     axes.set(xlabel=x if x == "layer" else "step of the task", ylabel="psi")
     axes.grid(True, alpha=0.3)
     _legend(axes)
@@ -128,14 +131,16 @@ def _beside_none(axes: Any, rows: list[Row]) -> None:
     """One line a run, the best on top, soft and hard in colours of their own."""
     ordered = sorted(rows, key=lambda row: row["difference"])
     width, height = axes.figure.get_size_inches()
-    axes.figure.set_size_inches(width + 2, max(height / 2, 1.5 + 0.3 * len(rows)))
+    names = [textwrap.fill(row["run"], 80) for row in ordered]
+    deepest = max(name.count("\n") for name in names)  # rows are equally far apart
+    axes.figure.set_size_inches(width + 3, max(height / 2, 1.5 + (0.3 + 0.1 * deepest) * len(rows)))
     for psi in sorted({row["psi"] for row in rows}, reverse=True):
         own = [(place, row) for place, row in enumerate(ordered) if row["psi"] == psi]
         places, of_psi = [place for place, _ in own], [row for _, row in own]
         gaps = [row["difference"] for row in of_psi]
         axes.errorbar(gaps, places, xerr=_reach(of_psi), fmt="o", markersize=4, capsize=3, label=f"psi {psi}")
     axes.axvline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
-    axes.set_yticks(range(len(ordered)), [textwrap.fill(row["run"], 60) for row in ordered], fontsize="small")
+    axes.set_yticks(range(len(ordered)), names, fontsize="small")
     axes.set(xlabel="average accuracy, points above no penalty")
     axes.grid(True, axis="x", alpha=0.3)
     _legend(axes)

@@ -90,7 +90,7 @@ def steps(runs: list[Run], way: str) -> list[Row]:
 
 
 def layers(runs: list[Run], way: str) -> list[Row]:
-    """psi of each layer at a task's end, where there is one a layer."""
+    """psi of each layer as a task last had it, where there is one a layer."""
     return [
         {"run": _name(run, runs), "task": stage["task"], "earlier": earlier, "layer": layer, "psi": value}
         for run in runs

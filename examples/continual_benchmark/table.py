@@ -5,6 +5,7 @@ python examples/continual_benchmark/table.py runs/continual_benchmark --shape ta
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape errors     # what wrong answers are
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape pairs      # w beside what was forgotten
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape penalties  # soft, hard and no penalty
+python examples/continual_benchmark/table.py runs/continual_benchmark --shape preferences  # how much of FM is one
 python examples/continual_benchmark/table.py runs/continual_benchmark --against inc_lora # paired differences
 """
 
@@ -28,6 +29,7 @@ from continual_benchmark.paper import AVERAGE_ACCURACY, PER_TASK
 from continual_benchmark.scores import WAYS, all_tested, changes, mean_difference, wrong_answers
 
 Rows = list[list[str]]
+LEAST_FORGOTTEN = 2  # points of FM below which a share of it means nothing
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,8 +39,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
     add("--shape", choices=list(SHAPES), default="orders",
         help="AA by order (Tables 1, 2, 7), accuracy by task (3, 8), AA, FM, BWT and FWT of each run, what its "
-        "wrong answers are, w of each pair of tasks beside what learning one did to the other, or each run with a "
-        "penalty beside the same without, and soft beside hard")  # fmt: skip
+        "wrong answers are, w of each pair of tasks beside what learning one did to the other, each run with a "
+        "penalty beside the same without, and soft beside hard, or what of FM is a shift of preference")  # fmt: skip
     add("--way", choices=WAYS, default="generate", help="how answers were scored")
     add("--against", metavar="METHOD", help="instead: difference to this method, paired 95%% intervals")
     add("--measure", choices=["AA", "FM", "BWT", "FWT"], default="AA", help="of a difference: in what")
@@ -125,9 +127,10 @@ def by_error(runs: list[Run], options: argparse.Namespace) -> Rows:
 
 
 def by_pair(runs: list[Run], options: argparse.Namespace) -> Rows:
-    """Of runs with a w: each pair of tasks, w at the later one's end, and what learning that did to the earlier one.
+    """Of runs with a w: each pair of tasks, the later one's last w, and what learning that did to the earlier one.
 
-    Orders that begin alike have the same first pairs, which count once: as the first of these runs has them.
+    Orders that begin alike have the same first pairs, which count once: as the first of these runs has them. The rank
+    correlation is that of each kind of run, since two kinds on one order are not independent.
 
     Raises:
         SystemExit: fewer than three pairs.
@@ -145,14 +148,41 @@ def by_pair(runs: list[Run], options: argparse.Namespace) -> Rows:
                 orders.setdefault(pair, []).append(run.order)
     if len(pairs) < 3:
         raise SystemExit("--shape pairs: no runs there with a w whose earlier tasks were tested after each stage.")
-    rows = [
-        [pair[0], " and ".join(orders[pair]), *pair[-2:], f"{w:.2f}", _between(change, interval, "+")]
-        for pair, (w, change, interval) in pairs.items()
-    ]
-    found = spearmanr([w for w, _, _ in pairs.values()], [change for _, change, _ in pairs.values()])
-    rank = f"rank correlation {found.statistic:+.2f} (p {found.pvalue:.2f}, {len(pairs)} pairs)"
-    head = ["", "order", "later", "earlier", "w", "change of the earlier"]
-    return [head, *rows, ["all", "", "", "", "", rank]]
+    rows = [["", "order", "later", "earlier", "w", "change of the earlier"]]
+    for pair, (w, change, interval) in pairs.items():
+        rows.append([pair[0], " and ".join(orders[pair]), *pair[-2:], f"{w:.2f}", _between(change, interval, "+")])
+    for label in dict.fromkeys(pair[0] for pair in pairs):
+        own = [found[:2] for pair, found in pairs.items() if pair[0] == label]
+        if len(own) > 2:
+            found = spearmanr(*zip(*own, strict=True))
+            rank = f"rank correlation {found.statistic:+.2f} (p {found.pvalue:.2f}, {len(own)} pairs)"
+            rows.append([label, "all", "", "", "", rank])
+    return rows
+
+
+def by_preference(runs: list[Run], options: argparse.Namespace) -> Rows:
+    """Each run's mean accuracy right after a task's own stage, AA and FM as generated, and how much of FM goes when a
+    shift of preference among answers is taken out (calibrated).
+
+    Raises:
+        SystemExit: no run there was scored in all ways.
+    """
+    rows = [["", "order", "seed", "own", "AA", "FM", "options: FM", "calibrated: own", "AA", "FM", "FM gone"]]
+    shares = []
+    for run in (each for each in runs if set(WAYS) <= set(each.results["summary"]) and each.number("generate", "FM")):
+        said, options_, known = (run.results["summary"][way] for way in WAYS)
+        own = [statistics.mean(row[place] for place, row in enumerate(each["matrix"])) for each in (said, known)]
+        gone = 100 * (1 - known["FM"] / said["FM"])
+        shares += [gone] * (said["FM"] >= LEAST_FORGOTTEN)
+        cells = [own[0], said["AA"], said["FM"], options_["FM"], own[1], known["AA"], known["FM"]]
+        share = f"{gone:.0f}%" if said["FM"] >= LEAST_FORGOTTEN else ""
+        rows.append([run.label, run.order, str(run.settings["seed"]), *map(_cell, cells), share])
+    if len(rows) == 1:
+        raise SystemExit("--shape preferences: no run there has answers scored in all ways (`run.py --score both`).")
+    if shares:
+        middle = f"median {statistics.median(shares):.0f}% ({min(shares):.0f} to {max(shares):.0f}%)"
+        rows.append([f"{len(shares)} runs with FM of {LEAST_FORGOTTEN} and more", *[""] * 9, middle])
+    return rows
 
 
 def by_penalty(runs: list[Run], options: argparse.Namespace) -> Rows:
@@ -217,7 +247,7 @@ def by_difference(runs: list[Run], options: argparse.Namespace) -> Rows:
 
 SHAPES = {
     "orders": by_order, "tasks": by_task, "measures": by_measure, "errors": by_error, "pairs": by_pair,
-    "penalties": by_penalty,
+    "penalties": by_penalty, "preferences": by_preference,
 }  # fmt: skip
 
 

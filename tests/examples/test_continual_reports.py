@@ -221,6 +221,8 @@ def test_soft_beside_hard_and_none(benchmark: Any, finished: Path, tmp_path: Pat
     write("hard, squared", "aso_lora", 0, similarity="none")  # of another form: not the soft one's twin
     write("no lambda", "aso_lora", 0, penalty_weight=[0.0])
     write("other", "aso_lora", 0, alpha=1)  # no IncLoRA with this alpha
+    start = write("start", "aso_lora", 2, init="inputs_hard", penalty_weight=[0.0])  # none, with another start of A
+    pushed = write("pushed", "aso_lora", 1, init="inputs_hard", penalty_weight=[5.0])
     lines = module.table(module.parse([str(tmp_path), "--shape", "penalties"])).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -238,7 +240,8 @@ def test_soft_beside_hard_and_none(benchmark: Any, finished: Path, tmp_path: Pat
     assert rows[-1][:2] == [name, "mean of 2"] and rows[-1][6] == "", "one of them has no hard twin"
     ones = [float(found[name, seed][2].split()[0]) for seed in "01"]
     assert ones[0] < 0 < ones[1] and float(rows[-1][5].split()[0]) == pytest.approx(sum(ones) / 2, abs=0.11)
-    assert len(rows) == 2 + 4 + 1
+    assert found["ASO-LoRA (init inputs_hard, penalty weight 5)", "0"][2:] == [gap((pushed, start)), ""]
+    assert len(rows) == 2 + 5 + 1
     figures = benchmark("figures")
     figures.draw(figures.parse([str(tmp_path), "--out", str(tmp_path / "figures")]))
     with (tmp_path / "figures" / "penalties_colors-signs.csv").open(encoding="utf-8", newline="") as file:
@@ -246,6 +249,7 @@ def test_soft_beside_hard_and_none(benchmark: Any, finished: Path, tmp_path: Pat
     assert {name: row["psi"] for name, row in drawn.items()} == {
         f"{name}, seed 0": "soft", f"{name}, seed 1": "soft", "O-LoRA, seed 0": "1 (hard)",
         "ASO-LoRA (similarity none), seed 0": "1 (hard)",
+        "ASO-LoRA (init inputs_hard, penalty weight 5), seed 0": "soft",
     }  # fmt: skip
     value, ends = scores.difference(soft, none, "generate")
     assert [float(drawn[f"{name}, seed 0"][key]) for key in ("difference", "low", "high")] == [value, *ends]
@@ -260,6 +264,13 @@ def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
     rows = [{"run": f"run {run}", "step": step, "loss": 1.0} for run in range(25) for step in (1, 2)]
     benchmark("figures")._lines(axes, rows)
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(axes.lines) == 25
+    axes = matplotlib.figure.Figure(layout="constrained").subplots()
+    pairs = [(run, task) for run in ("soft", "hard") for task in range(12)]
+    same = {"earlier": "x", "psi": 0.5}
+    benchmark("figures")._pairs(axes, [{"run": run, "task": task, "step": 1, **same} for run, task in pairs])
+    seen = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+    assert [color for color, _ in seen[:12]] == [color for color, _ in seen[12:]], "a pair keeps its colour"
+    assert len(set(seen)) == 24
 
 
 def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
@@ -334,6 +345,38 @@ def test_w_beside_what_a_later_task_did_to_an_earlier_one(benchmark: Any, finish
     (tmp_path / "again" / "results.json").write_text(json.dumps(begun))
     lines = module.table(module.parse([str(tmp_path), "--shape", "pairs"])).splitlines()
     assert "5 pairs" in lines[-1] and "| a-b-d and a-b-c | b | a |" in "\n".join(lines)
+    (tmp_path / "strong").mkdir()  # another kind of run counts for itself
+    stronger = {**results, "settings": {**results["settings"], "penalty_weight": [5.0]}}
+    (tmp_path / "strong" / "results.json").write_text(json.dumps(stronger))
+    lines = module.table(module.parse([str(tmp_path), "--shape", "pairs"])).splitlines()
+    counts = {line.split("|")[1].strip(): line.rsplit(",", 1)[1] for line in lines if "rank correlation" in line}
+    assert counts == {"ASO-LoRA": " 5 pairs) |", "ASO-LoRA (penalty weight 5)": " 3 pairs) |"}
+
+
+def test_how_much_of_forgetting_is_a_preference(benchmark: Any, finished: Path, tmp_path: Path) -> None:
+    module = benchmark("table")
+    results = json.loads(next(finished.glob("inc_lora*seed0/results.json")).read_text())
+    numbers = {
+        "one": {"generate": (90, 60, 70, 30), "options": (90, 66, 70, 24), "calibrated": (92, 80, 72, 12)},
+        "two": {"generate": (90, 81, 70, 9), "options": (90, 84, 70, 6), "calibrated": (90, 90, 70, 0)},
+        "little": {"generate": (90, 89, 70, 1), "options": (90, 90, 70, 0), "calibrated": (90, 90, 70, 0)},
+    }
+    for seed, (name, ways) in enumerate(numbers.items()):
+        for way, (first, then, second, forgotten) in ways.items():
+            matrix = [[first, None], [then, second]]
+            results["summary"][way] |= {"matrix": matrix, "AA": (then + second) / 2, "FM": forgotten}
+        results["settings"]["seed"] = seed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    lines = module.table(module.parse([str(tmp_path), "--shape", "preferences"])).splitlines()[2:]
+    rows = {row[2]: row[3:] for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+    assert rows["0"] == ["80.0", "65.0", "30.0", "24.0", "82.0", "76.0", "12.0", "60%"]
+    assert rows["1"][-1] == "100%" and rows["2"][-1] == "", "a share of a point means nothing"
+    assert rows[""][-1] == "median 80% (60 to 100%)" and lines[-1].startswith("| 2 runs with FM of 2 and more")
+    del results["summary"]["calibrated"]
+    (tmp_path / "one" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="scored in all ways"):
+        module.table(module.parse([str(tmp_path / "one"), "--shape", "preferences"]))
 
 
 def test_a_score_that_earlier_runs_did_not_have_is_left_out_alone(benchmark: Any) -> None:
