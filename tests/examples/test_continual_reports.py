@@ -6,12 +6,10 @@ import csv
 import functools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.figure
 import pytest
-import torch
 
 from peft_aso import AttributionConfig, load_chain, update_coefficients
 from tests.examples.tiny_tasks import TASKS, settings_of
@@ -273,33 +271,6 @@ def test_every_line_of_a_figure_looks_different(benchmark: Any) -> None:
     assert len(set(seen)) == 24
 
 
-def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
-    scores = benchmark("scores")
-    stages = [
-        {"a": {"generate": [True, True, True, False]}},
-        {"a": {"generate": [True, False, False, False]}, "b": {"generate": [True, True]}},
-    ]
-    alone = {"a": {"generate": [True] * 4}, "b": {"generate": [True, False]}}
-    found = scores.summary(["a", "b"], stages, alone)["generate"]
-    assert found["matrix"] == [[75.0, None], [25.0, 100.0]] and found["alone"] == [100.0, 50.0]
-    assert (found["AA"], found["FM"], found["BWT"], found["FWT"]) == (62.5, 50.0, -50.0, 50.0)
-    low, high = found["95%"]["AA"]
-    assert 50 <= low < 62.5 < high <= 100
-    run = {"tasks": ["a", "b"], "stages": [{"correct": each} for each in stages], "alone": alone}
-    assert scores.difference(run, run, "generate") == (0.0, [0.0, 0.0])
-    other = {**run, "stages": [{"correct": {"a": {"generate": [True, True, False, False]}}}, {"correct": stages[1]}]}
-    assert scores.difference(run, other, "generate", after=1)[0] == 25.0
-    assert scores.difference(run, other, "generate", "FM")[0] == 25.0
-    better = [stages[0], {**stages[1], "a": {"generate": [True, True, False, False]}}]
-    gap, (low, high) = scores.difference({**run, "stages": [{"correct": e} for e in better]}, run, "generate")
-    assert gap == 12.5 and 0 <= low < 12.5 < high
-    pair = {**run, "stages": [{"correct": e} for e in better]}, run
-    mean, (low, high) = scores.mean_difference([pair, (run, run)], "generate")
-    assert mean == 6.25 and [low, high] == [each / 2 for each in scores.difference(*pair, "generate")[1]]
-    with pytest.raises(ValueError, match="not tested on the same examples"):
-        scores.mean_difference([(run, run), (other, {**run, "stages": run["stages"][:1]})], "generate")
-
-
 def test_differences_have_a_mean_over_orders(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     module = benchmark("table")
     for name, label in (("aso_lora", "soft"), ("inc_lora", "none")):
@@ -379,27 +350,6 @@ def test_how_much_of_forgetting_is_a_preference(benchmark: Any, finished: Path, 
         module.table(module.parse([str(tmp_path / "one"), "--shape", "preferences"]))
 
 
-def test_a_score_that_earlier_runs_did_not_have_is_left_out_alone(benchmark: Any) -> None:
-    scores = benchmark("scores")
-    old, new = {"generate": [True, False]}, {"generate": [True, False], "calibrated": [True, True]}
-    stages = [{"a": new}, {"a": new, "b": new}]
-    found = scores.summary(["a", "b"], stages, {"a": old, "b": old})  # FWT needs it of the tasks alone
-    assert "FWT" in found["generate"] and "FWT" not in found["calibrated"] and found["calibrated"]["alone"] is None
-    assert found["calibrated"]["AA"] == 100
-    assert set(scores.summary(["a", "b"], [{"a": old}, {"a": new, "b": new}], None)) == {"generate"}
-
-
-def test_what_wrong_answers_are(benchmark: Any) -> None:
-    scores = benchmark("scores")
-    said = {
-        "a": {"x": {"x": 5, "y": 1, "p": 2}, "y": {"y": 1, "?": 1}, "z": {}},
-        "b": {"p": {"p": 2, "z": 1}, "x": {"p": 1}},
-    }
-    found = scores.wrong_answers({"tasks": ["a", "b"], "stages": [{}, {"said": said}]})
-    assert found == {"a": (10.0, 20.0, 10.0), "b": (25.0, 25.0, 0.0)}
-    assert scores.wrong_answers({"tasks": ["a"], "stages": [{}]}) is None  # a model a task keeps no answers
-
-
 def test_wrong_answers_by_order(benchmark: Any, finished: Path, tmp_path: Path) -> None:
     results = json.loads(next(finished.glob("aso_lora*/results.json")).read_text())
     last = results["summary"]["generate"]["matrix"][-1]
@@ -453,50 +403,3 @@ def test_psi_of_each_reading_is_that_of_the_package(benchmark: Any, finished: Pa
         assert psi == {"colors": pytest.approx(row["signs to colors"], abs=1e-5)}, reading
     with pytest.raises(SystemExit, match="no finished run"):
         chosen(finished)
-
-
-def test_what_is_taken_out_counts_against_the_run(benchmark: Any) -> None:
-    before, after = [True] * 4, [True, False, False, False]
-    stages = [{"correct": {"a": {"generate": before}}}, {"correct": {name: {"generate": after} for name in "ab"}}]
-    results = {"tasks": ["a", "b"], "stages": stages, "alone": None}
-    row = benchmark("why").effect(results, "something", {name: {"generate": before} for name in "ab"})
-    assert (row["a"], row["b"], row["AA, generate"], row["FM, generate"]) == (100, 100, 100, 0)
-    change, low, high = row["change of FM, generate"]
-    assert change == -75 and low < -75 < high <= 0
-    assert stages[-1]["correct"]["a"]["generate"] == after  # the run itself is as it was
-
-
-def test_shared_spans_and_energy(benchmark: Any) -> None:
-    module = benchmark("why")
-    a = torch.randn(6, 2).double()
-    assert module.shared(a, a @ torch.randn(2, 2).double()) == pytest.approx(1)
-    assert module.shared(torch.eye(6)[:, :2], torch.eye(6)[:, 2:4]) == pytest.approx(0)
-    inputs, matrix = torch.randn(40, 6).double(), torch.randn(3, 6).double()
-    expected = float((inputs @ matrix.T).pow(2).sum())
-    assert module.energy(matrix, inputs.T @ inputs) == pytest.approx(expected)
-
-
-def test_what_is_taken_out_is_gone(benchmark: Any) -> None:
-    module = benchmark("why")
-    inputs = torch.randn(200, 40).double() * torch.linspace(3, 0.1, 40)
-    moment = inputs.T @ inputs
-    leading = torch.linalg.eigh(moment).eigenvectors[:, -module.LEADING :].float()
-    for title, change in module.CHANGES.items():
-        layer = SimpleNamespace(
-            lora_A={name: torch.nn.Linear(40, 2, bias=False) for name in ("old", "new")},
-            lora_B={name: torch.nn.Linear(2, 12, bias=False) for name in ("old", "new")},
-        )
-        before = {
-            name: [matrices[name].weight.clone() for matrices in vars(layer).values()] for name in ("old", "new")
-        }
-        change(layer, ["old"], "new", [moment])
-        (a_old, b_old), (a, b) = ([each[name].weight for each in vars(layer).values()] for name in ("old", "new"))
-        assert torch.equal(a_old, before["old"][0]) and torch.equal(b_old, before["old"][1])
-        left = {
-            "the rows of earlier A, from A": a @ a_old.T,
-            f"{module.LEADING} leading directions of earlier inputs, from A": a @ leading,
-            "the columns of earlier B, from B": b_old.T @ b,
-        }
-        assert title not in left or float(left[title].abs().max()) < 1e-6, title
-        changed = [not torch.equal(*pair) for pair in zip((a, b), before["new"], strict=True)]
-        assert changed == ["from A" in title, "from B" in title], title
