@@ -161,7 +161,8 @@ class ASOLoraConfig(LoraConfig):
             bfloat16 or float16 base, or autocast) and where it is impossible (quantized or offloaded weights,
             embeddings). Convolutions run one adapter after another. `"folded"` also folds where it rounds, and is
             refused if no module of the model can be folded. A frozen weight that is written to by hand while a task
-            trains on more than 16 others is noticed a few passes later (docs/design.md); in evaluation at once.
+            trains on more than 16 others is noticed a few passes later (docs/design.md); in evaluation at once. A
+            write through `weight.data`, which autograd does not see either, is not: write under `torch.no_grad()`.
         penalty (`str`):
             `"squared"` (Eq. 7) or `"l1"` (sum of absolute values, as O-LoRA).
         penalty_weight (`float`, *optional*):

@@ -24,6 +24,9 @@ from .penalty import PenalisedTask
 from .persistence import ATTRIBUTION_KEY, check_attribution, tuner_of, with_attribution
 from .removal import remove_adapter
 
+# PEFT's classes for these tasks name the head in the config that they were given, once the tuner has made its copy
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class ASOLoraModel(PenalisedTask):
     """A base model with one LoRA adapter a task; each task runs on top of its frozen history.
@@ -68,6 +71,7 @@ class ASOLoraModel(PenalisedTask):
         """
         # a copy, because people use one config for several adapters
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        _name_heads(config)
         if self._adding_combined:
             config.history, config.combined, config.task_name = [], True, None
             config.soft_coefficients = config.similarities = config.attribution_layout = None
@@ -304,3 +308,11 @@ class ASOLoraModel(PenalisedTask):
         finally:
             tuner._converting = False
         return converted
+
+
+def _name_heads(config: Any) -> None:
+    """Name the task's head among the modules that are trained and saved whole."""
+    named = list(config.modules_to_save or [])
+    missing = [head for head in _HEADS.get(config.task_type, ()) if head not in named]
+    if missing:
+        config.modules_to_save = named + missing

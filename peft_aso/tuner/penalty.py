@@ -79,18 +79,23 @@ class PenalisedTask(ActiveTask):
         Args:
             psi: adapter or task name -> psi (a number, or one number a layer), for each task of the history.
             layer_of: LoRA module name -> layer (column), when psi has one number a layer.
-            similarities: the w that psi came from, kept in the adapter's config beside it.
+            similarities: the w that psi came from, by adapter or task name: kept in the adapter's config beside it, by
+                task name.
 
         Raises:
             ValueError: a task of the history is missing in `psi`, an unknown one is in it, or a value is not
                 finite.
         """
         config = self.peft_config[self.current_task]
-        values = {adapter_of(name, self.peft_config) or name: value for name, value in psi.items()}
+        values = self._by_adapter(psi)
         self._coefficients.set(self.current_task, self.history, values, layer_of)
         config.soft_coefficients = {self.task_name(name): value for name, value in self.soft_coefficients.items()}
         if similarities is not None:
-            config.similarities = dict(similarities)
+            named = self._by_adapter(similarities)
+            config.similarities = {self.task_name(name): named[name] for name in self.history if name in named}
+
+    def _by_adapter(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {adapter_of(name, self.peft_config) or name: value for name, value in values.items()}
 
     def _recall_coefficients(self) -> None:
         """Take psi of a loaded task from its config, as far as it fits the chain."""

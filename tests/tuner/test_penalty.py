@@ -248,7 +248,7 @@ def test_psi_by_task_or_adapter_name(tmp_path: Path):
         loaded.base_model.set_soft_coefficients(psi, similarities={"default": 0.5})
         assert loaded.base_model.soft_coefficients == {"default": 0.5, "second": 0.25}
         assert loaded.peft_config["third"].soft_coefficients == {"dbpedia": 0.5, "amazon": 0.25}
-        assert loaded.peft_config["third"].similarities == {"default": 0.5}
+        assert loaded.peft_config["third"].similarities == {"dbpedia": 0.5}, "by task, as psi is"
     with pytest.raises(ValueError, match="Give one value for each"):
         loaded.base_model.set_soft_coefficients({"default": 0.5})
     with pytest.raises(ValueError, match="psi is given for"):
