@@ -65,7 +65,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 def label_of(run: Run, runs: Sequence[Run], but: Sequence[str] = ()) -> str:
     """The method, and what sets it apart from others that have the setting: settings that are not the default. Such a
-    lambda is always named.
+    lambda and hard orthogonality are always named.
 
     Args:
         but: settings that are not named.
@@ -79,7 +79,7 @@ def label_of(run: Run, runs: Sequence[Run], but: Sequence[str] = ()) -> str:
     own = [name for name in run.settings if name not in ("method", *_FREE, *but)]
     apart = [
         name for name in own
-        if run.settings[name] != usual.get(name) and (differs(name) or name == "penalty_weight")
+        if run.settings[name] != usual.get(name) and (differs(name) or name in ("penalty_weight", "similarity"))
     ]  # fmt: skip
     words = [f"{name.replace('_', ' ')} {_shown(run.settings[name])}" for name in apart]
     return run.results["title"] + (f" ({', '.join(words)})" if words else "")
