@@ -26,6 +26,8 @@ from .reading import AdapterFile
 PREFIX = "base_model.model."
 _DOWN = ("lora_A.weight", "lora_embedding_A")
 _UP = ("lora_B.weight", "lora_embedding_B")
+# where the vocabulary was resized, PEFT writes a head in modules_to_save once more, and the base model's own
+_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 _SUFFIXES = (*_DOWN, *_UP, "lora_B.bias", "lora_magnitude_vector")
 
 
@@ -70,8 +72,8 @@ class BaseView:
 def check_fit(adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: BaseView) -> dict[str, torch.Tensor]:
     """Check an adapter against the base model and return the tensors that may be loaded.
 
-    Tensors of the base model that PEFT saves beside an adapter on embeddings are compared with the model's
-    own and left out: what all tasks share is not changed by loading one of them.
+    Tensors of the base model that PEFT saves beside an adapter on embeddings, or where the vocabulary was resized, are
+    compared with the model's own and left out: what all tasks share is not changed by loading one of them.
 
     Raises:
         ChainError: a module that the model does not have, a tensor of another shape, weights that are missing
@@ -101,8 +103,11 @@ def check_fit(adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: B
     own = base.weights
     kept = dict(weights)
     for key, tensor in others.items():
-        if _is_base_copy(adapter, key):
+        if _is_base_copy(adapter, key) or _ORIGINAL in key:
             _check_base_copy(adapter, key, tensor, own)
+            del kept[key]
+        elif _COPY in key:
+            _check_second_copy(adapter, key, tensor, others)
             del kept[key]
         else:
             _check_head(adapter, key, tensor, own)
@@ -217,7 +222,7 @@ def _prefixes(module: str) -> Iterator[str]:
 
 
 def _check_base_copy(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: Mapping[str, torch.Tensor]) -> None:
-    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(_ORIGINAL, ".")
     held = own.get(name)
     if held is None:
         raise ChainError(
@@ -237,6 +242,18 @@ def _check_base_copy(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: 
             "tasks share the base model, so loading it would change the others. If these are the right "
             "values, load them into the base model yourself before load_chain (base.load_state_dict(..., "
             "strict=False))."
+        )
+
+
+def _check_second_copy(
+    adapter: AdapterFile, key: str, tensor: torch.Tensor, others: Mapping[str, torch.Tensor]
+) -> None:
+    """A head that is in the file twice is the same both times; where it is missing, that is said later."""
+    first = others.get(key.replace(_COPY, "."))
+    if first is not None and (first.shape != tensor.shape or not _same_values(tensor, first)):
+        raise ChainError(
+            f"The file of {adapter.name!r} ({adapter.path}) holds {key.removeprefix(PREFIX)} twice, with different "
+            "values. It is damaged: save or download it again."
         )
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,11 +27,12 @@ from ..tuner import ASOLoraConfig, ASOLoraModel
 from ..tuner.bulk import SavedAdapter, add_saved, fits_bulk, takes_bulk
 from ..tuner.checks import chain_obstacles, is_free, name_parts
 from ..tuner.history import adapter_of
+from .beside import left_out_of
 from .errors import ChainError
 from .fitting import BaseView, check_fit, check_name
-from .manifest import check_hash, check_listing, read_exports, read_manifest
+from .manifest import ROOT, Listing, check_hash, check_listing, read_listing
 from .order import in_order
-from .reading import AdapterFile, check_task_name, existing_folder, find_adapters, read_adapter
+from .reading import AdapterFile, check_task_name, existing_folder, find_adapters, read_adapter, read_each
 
 Manifest = Mapping[str, Mapping[str, Any]]  # task -> its entry in chain.json
 _BAR_FROM = 5  # adapters; fewer load before a progress bar could be read
@@ -67,6 +68,8 @@ def load_adapters(
             "it), or add a single adapter to this one with load_history or model.load_adapter."
         )
     adapters = _selected(found, manifest, where, tasks, strict)
+    if not adapters:
+        raise ChainError(f"There is no task to load in {where}.")
     taken = name_parts(base)
     for adapter in adapters:
         if not is_free(adapter.name, taken):
@@ -135,17 +138,35 @@ def load_history(
     return model
 
 
+class Found(NamedTuple):
+    """What a chain's folder holds: adapters, the manifest's entries, and the folders that are left out."""
+
+    adapters: list[AdapterFile]
+    manifest: Manifest
+    left_out: list[str]
+
+
 def find_chain(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> tuple[list[AdapterFile], Manifest]:
-    """The adapters of a chain's folder, or of a list of folders, and the manifest's entries (none: no manifest)."""
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], damaged: dict[str, str] | None = None
+) -> Found:
+    """The adapters of a chain's folder, or of a list of folders, for which no manifest is read.
+
+    Args:
+        damaged: takes the message of each adapter whose config cannot be read, by its task's name. None: the first is
+            an error.
+
+    Raises:
+        ChainError: no such folder, a damaged manifest, a config that cannot be read.
+    """
     if not isinstance(source, (str, os.PathLike)):
-        return [read_adapter(path) for path in find_adapters(source)], {}
+        return Found([read_adapter(path) for path in find_adapters(source)], {}, [])
     root = existing_folder(source)
-    exports = read_exports(root)
-    folders = [path for path in find_adapters(root) if path.name not in exports or path == root]
-    manifest = read_manifest(root) or {}
-    return [read_adapter(path) for path in folders], manifest
+    listing = read_listing(root) or Listing({}, [], {}, None)
+    left_out = left_out_of(root, listing)
+    places = {path: ROOT if path == root else path.name for path in find_adapters(root, [*listing.exports, *left_out])}
+    names = {entry["folder"]: task for task, entry in listing.tasks.items() if "repo_id" not in entry}
+    adapters = read_each([(names.get(place, place), path) for path, place in places.items()], damaged)
+    return Found(adapters, listing.tasks, left_out)
 
 
 def _selected(

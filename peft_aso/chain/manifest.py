@@ -52,7 +52,11 @@ def describe(adapter: AdapterFile, folder: str, weights: Mapping[str, torch.Tens
 
 
 def write_manifest(
-    folder: Path, entries: Sequence[Mapping[str, Any]], base_model: str | None, exports: Sequence[str] = ()
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    base_model: str | None,
+    exports: Sequence[str] = (),
+    left_out: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write `chain.json` into `folder`.
 
@@ -60,6 +64,8 @@ def write_manifest(
         entries: of `describe`, in the order in which the tasks were learned. An entry with a `repo_id` and a
             `revision` is of a task that lies in another repository, in the folder there that it names.
         exports: folders that hold no task but a sum of tasks.
+        left_out: folders that hold an adapter which is not part of the chain, and `weights_hash` of its weights (None:
+            they cannot be read).
     """
     from .. import __version__
 
@@ -70,6 +76,7 @@ def write_manifest(
         "base_model_name_or_path": base_model,
         "tasks": list(entries),
         "exports": list(exports),
+        "left_out": [{"folder": name, "sha256": digest} for name, digest in (left_out or {}).items()],
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -80,18 +87,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     Raises:
         ChainError: the manifest is damaged, of a newer format, or names folders outside of its own.
     """
-    found = _read(folder)
+    found = read_listing(folder)
     return None if found is None else found.tasks
-
-
-def read_exports(folder: Path) -> list[str]:
-    """The folders in `folder` that hold no task but a sum of tasks; none without a manifest.
-
-    Raises:
-        ChainError: as `read_manifest`.
-    """
-    found = _read(folder)
-    return [] if found is None else found.exports
 
 
 def read_base_model(folder: Path) -> str | None:
@@ -100,17 +97,25 @@ def read_base_model(folder: Path) -> str | None:
     Raises:
         ChainError: as `read_manifest`.
     """
-    found = _read(folder)
+    found = read_listing(folder)
     return None if found is None else found.base_model
 
 
-class _Content(NamedTuple):
+class Listing(NamedTuple):
+    """What a manifest says: task -> its entry, and the other arguments of `write_manifest`."""
+
     tasks: dict[str, dict[str, Any]]
     exports: list[str]
+    left_out: dict[str, str | None]
     base_model: str | None
 
 
-def _read(folder: Path) -> _Content | None:
+def read_listing(folder: Path) -> Listing | None:
+    """The whole manifest; None if the folder has none.
+
+    Raises:
+        ChainError: as `read_manifest`.
+    """
     if not (folder / MANIFEST_NAME).exists():
         return None
     path = plain_file(folder, MANIFEST_NAME)
@@ -119,7 +124,8 @@ def _read(folder: Path) -> _Content | None:
         is_ours, version = content["format"] == FORMAT, int(content["format_version"])
         entries = {entry["task"]: dict(entry) for entry in content["tasks"]} if is_ours else {}
         exports = list(content.get("exports", [])) if is_ours else []
-        complete = all({"folder", "history", "sha256"} <= set(entry) for entry in entries.values())
+        left_out = {each["folder"]: each["sha256"] for each in content.get("left_out", [])} if is_ours else {}
+        complete = all({"folder", "sha256"} <= set(e) and _are_names(e.get("history")) for e in entries.values())
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ChainError(
             f"{path} is damaged ({type(error).__name__}: {error}). Save the chain again, or delete the "
@@ -141,7 +147,11 @@ def _read(folder: Path) -> _Content | None:
     for export in exports:
         check_task_name(export, path)
     base_model = content.get("base_model_name_or_path")
-    return _Content(entries, exports, base_model if isinstance(base_model, str) else None)
+    return Listing(entries, exports, left_out, base_model if isinstance(base_model, str) else None)
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _is_place(entry: Mapping[str, Any]) -> bool:

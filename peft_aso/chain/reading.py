@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..tuner.checks import is_finite
+from ..tuner.checks import is_finite, is_folder_name
 from ..tuner.config import PEFT_TYPE_NAME, ASOLoraConfig
 from .errors import ChainError
 
@@ -106,11 +106,34 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(path, name, config)
 
 
-def find_adapters(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+def read_each(folders: Iterable[tuple[str, Path]], damaged: dict[str, str] | None = None) -> list[AdapterFile]:
+    """Read adapters' configs.
+
+    Args:
+        folders: what each is called, and where it is.
+        damaged: takes the message of each that cannot be read, by what it is called. None: the first is an error.
+
+    Raises:
+        ChainError: as `read_adapter`.
+    """
+    found = []
+    for name, folder in folders:
+        try:
+            found.append(read_adapter(folder))
+        except ChainError as error:
+            if damaged is None:
+                raise
+            damaged[name] = str(error)
+    return found
+
+
+def find_adapters(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], without: Collection[str] = ()
+) -> list[Path]:
     """The adapter folders of a source: a list of folders as it stands, or a chain's folder looked through.
 
     In a chain's folder each adapter has a subfolder of its own; one called "default" lies in the folder
-    itself, as PEFT saves it.
+    itself, as PEFT saves it. Subfolders called as in `without` are passed over.
 
     Raises:
         ChainError: there is no such folder, it holds no adapter, or a subfolder is a link that leads out of
@@ -123,17 +146,24 @@ def find_adapters(source: str | os.PathLike[str] | Sequence[str | os.PathLike[st
         return folders
     root = existing_folder(source)
     found = [root] if (root / CONFIG_NAME).is_file() else []
-    for entry in sorted(root.iterdir()):
-        if not entry.name.startswith(".") and (entry / CONFIG_NAME).is_file():
-            _refuse_escape(root, entry)
+    inside = subfolders(root)
+    for entry in inside:
+        if entry.name not in without:
+            refuse_escape(root, entry)
             found.append(entry)
-    if not found:
+    if not found and not inside:
         raise ChainError(
             f"There is no adapter in {root}: neither the folder nor a folder in it has a file "
             f"{CONFIG_NAME}. Give a folder written by model.save_pretrained or save_chain, or a list of "
             "adapter folders."
         )
     return found
+
+
+def subfolders(root: Path) -> list[Path]:
+    """The folders in a chain's folder that hold an adapter, by name."""
+    entries = (entry for entry in sorted(root.iterdir()) if not entry.name.startswith("."))
+    return [entry for entry in entries if (entry / CONFIG_NAME).is_file()]
 
 
 def existing_folder(source: str | os.PathLike[str]) -> Path:
@@ -162,7 +192,7 @@ def plain_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not os.path.lexists(path):
         raise ChainError(f"{folder} has no file {name}. It is not an adapter's folder, or its download is incomplete.")
-    _refuse_escape(folder, path)
+    refuse_escape(folder, path)
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         raise ChainError(f"{path} is not a regular file. Save the adapter again.")
     return path
@@ -174,7 +204,7 @@ def check_task_name(name: Any, where: Path) -> None:
     Raises:
         ChainError: the name is no text, is empty, or has a slash, a backslash, a null or a leading dot.
     """
-    if not isinstance(name, str) or not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
+    if not is_folder_name(name):
         raise ChainError(
             f"{where} says that its task is called {name!r}, which cannot be the name of a task. Use "
             "letters, digits, '-' and '_'."
@@ -194,8 +224,12 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def _refuse_escape(folder: Path, path: Path) -> None:
-    """Refuse links out of a folder, but for the Hub cache's own (from snapshots/<revision> to blobs)."""
+def refuse_escape(folder: Path, path: Path) -> None:
+    """Refuse links out of a folder, but for the Hub cache's own (from snapshots/<revision> to blobs).
+
+    Raises:
+        ChainError: `path` is such a link.
+    """
     root, target = folder.resolve(), path.resolve()
     if target.is_relative_to(root):
         return

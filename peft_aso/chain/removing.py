@@ -23,22 +23,26 @@ def remove_task(model: Any, task: str) -> None:
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
-        task: which one. If it is the active one, the task before it is active afterwards.
+        task: which one, by its own or its adapter's name. If it is the active one, the task before it is active
+            afterwards.
 
     Raises:
-        ChainError: another kind of model, no such task, or no other one.
+        ChainError: before the model is touched: another kind of model, no such task, no other one, or merged adapters.
     """
     name = adapter_for(model, task)
+    refuse_merged(model)
+    task = task_name_of(name, model.peft_config[name])
     tuner: ASOLoraModel = model.base_model
     if len(model.peft_config) == 1:
         raise ChainError(f"{task!r} is the only task. model.unload() returns the base model.")
     note_replaced(model, task, name)
     active = list(tuner.active_adapters)
-    for config in model.peft_config.values():
+    for adapter, config in model.peft_config.items():
         if config.history and task in config.history:
             config.history = [old for old in config.history if old != task]
             config.similarities = _without(config.similarities, task)
             config.soft_coefficients = _without(config.soft_coefficients, task)
+            tuner.forget_soft_coefficients(adapter)
     tuner.tasks.refresh(model.peft_config)
     if active != [name]:
         tuner.set_adapter(active)
@@ -67,6 +71,16 @@ def adapter_named(task: str, configs: Mapping[str, Any]) -> str:
         tasks = ", ".join(repr(task_name_of(adapter, config)) for adapter, config in configs.items())
         raise ChainError(f"There is no task {task!r} in the model. There are: {tasks}.")
     return name
+
+
+def refuse_merged(model: Any) -> None:
+    """Refuse a model whose base weights hold adapters: what they were merged with could not be taken out again.
+
+    Raises:
+        ChainError: an adapter is merged.
+    """
+    if any(layer.merged for layer in model.base_model.lora_layers().values()):
+        raise ChainError("Adapters are merged into the base weights. Call model.unmerge_adapter() first.")
 
 
 def note_replaced(model: Any, task: str, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from ..tuner import ASOLoraModel
+from ..tuner.checks import is_free, name_parts
 from ..tuner.history import task_name_of
 from .atomic import replaced_folder
+from .beside import beside
 from .errors import ChainError
-from .manifest import describe, read_exports, read_manifest, write_manifest
+from .manifest import Listing, describe, read_listing, write_manifest
 from .order import in_order
 from .reading import check_task_name, read_adapter
 from .removing import adapter_named, was_replaced
@@ -27,7 +30,8 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
 
     All is written beside `folder` first and takes its place in one step, so that an error or a killed process
     leaves what was there. Other files and folders in it are kept, but for those of tasks that `remove_task` took
-    out of this model.
+    out of this model. The chain is then what was saved now, and those tasks of the chain that lay there which were
+    trained on top of it, with these weights; other adapters stay on the disk, and `load_chain` leaves them out.
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
@@ -40,7 +44,7 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, a task without its
-            history.
+            history, a name that `load_chain` would refuse.
         OSError: the disk is full or cannot be written to; what was there is as it was.
     """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
@@ -52,27 +56,38 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
             f"{path} is itself the folder of an adapter: a chain in it would be read together with that "
             "adapter. Give another folder."
         )
-    with replaced_folder(path, without=_removed(model, path, adapters)) as stage:
+    earlier = _listed_before(path)
+    gone = _removed(model, earlier, adapters)
+    with replaced_folder(path, without=gone) as stage:
         written = []
         for task, adapter in adapters.items():
             _write_adapter(model, adapter, stage, task)
             written.append(read_adapter(stage / task))
-        entries = [describe(adapter, adapter.path.name, adapter.weights()) for adapter in in_order(written)]
+        entries = {adapter.name: describe(adapter, adapter.path.name, adapter.weights()) for adapter in written}
+        staying, left_out = beside(path, earlier, {task: each["sha256"] for task, each in entries.items()}, gone)
+        entries.update({adapter.name: earlier.tasks[adapter.name] for adapter in staying})
+        ordered = [entries[adapter.name] for adapter in in_order([*staying, *written])]  # what was saved now is newest
         names = [adapter.config.base_model_name_or_path for adapter in written]
-        write_manifest(stage, entries, next(filter(None, names), None), _still_there(path))
+        exports = [export for export in earlier.exports if (path / export).is_dir() and export not in adapters]
+        write_manifest(stage, ordered, next(filter(None, names), None), exports, left_out)
     return path
 
 
-def _removed(model: Any, folder: Path, tasks: Collection[str]) -> list[str]:
+def _listed_before(folder: Path) -> Listing:
+    """What the folder's manifest says now; nothing where it cannot be read, for a new one takes its place."""
+    try:
+        found = read_listing(folder)
+    except ChainError as error:
+        warnings.warn(f"What was listed in {folder} is not known any more: {error}", stacklevel=3)
+        found = None
+    return found or Listing({}, [], {}, None)
+
+
+def _removed(model: Any, earlier: Listing, tasks: Collection[str]) -> list[str]:
     """The folders of tasks that `remove_task` took out of this model."""
-    there = read_manifest(folder) or {}
-    gone = {task: entry for task, entry in there.items() if task not in tasks and was_replaced(model, task, entry)}
-    return [str(entry["folder"]) for entry in gone.values() if "repo_id" not in entry]
-
-
-def _still_there(folder: Path) -> list[str]:
-    """The exports that `folder` holds, and keeps."""
-    return [export for export in read_exports(folder) if (folder / export).is_dir()]
+    listed = earlier.tasks.items()
+    gone = [entry for task, entry in listed if task not in tasks and was_replaced(model, task, entry)]
+    return [str(entry["folder"]) for entry in gone if "repo_id" not in entry]
 
 
 def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
@@ -89,8 +104,15 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
         raise ChainError(
             f"Two of the adapters {names} have the same task_name, or one is named twice. Save one of them."
         )
+    taken = name_parts(model.base_model.model) - set(configs)
     for task, name in selected.items():
         check_task_name(task, Path(f"The adapter {name!r}"))
+        if not is_free(task, taken):
+            raise ChainError(
+                f"The adapter {name!r} holds the task {task!r}, and load_chain could not call an adapter so: the name "
+                "has a dot, or is a part of the model's own parameter names. Set another task_name in "
+                f"model.peft_config[{name!r}], and in the history of the tasks after it."
+            )
         lacking = [old for old in configs[name].history or [] if old not in selected]
         if lacking:
             raise ChainError(

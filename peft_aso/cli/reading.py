@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-
 from ..chain.errors import ChainError
 from ..chain.fitting import BaseView, check_fit
 from ..chain.manifest import weights_hash
@@ -19,18 +16,21 @@ from ..hub.card import PICTURE, markdown, mean_of, most_like
 from ..hub.fetching import Access, Fetched, fetch
 from ..hub.pushing import draw
 from ..tuner.persistence import ATTRIBUTION_KEY
-from .bases import model_class
+from .bases import without_weights
+
+_NOT_LISTED = "not listed in chain.json"
+_LEFT_OUT = "in the folder, and no part of the chain that was saved there last: left out"
 
 
-def found_in(options: argparse.Namespace) -> Fetched:
-    """The chain that the arguments name, on the disk now."""
-    return fetch(options.source, Access(revision=options.revision), None, strict=True)
+def found_in(options: argparse.Namespace, damaged: dict[str, str] | None = None) -> Fetched:
+    """The chain that the arguments name, on the disk now; `damaged` as in `fetch`."""
+    return fetch(options.source, Access(revision=options.revision), None, strict=True, damaged=damaged)
 
 
 def inspect(options: argparse.Namespace) -> tuple[str, Any, bool]:
     """Tasks, ranks, sizes, similarities, hashes."""
     found = found_in(options)
-    tasks = [_about(adapter) for adapter in in_order(found.adapters)]
+    tasks = [_about(adapter, found.manifest) for adapter in in_order(found.adapters)]
     base = next((task["base_model"] for task in tasks if task["base_model"]), None)
     rows = [["", "task", "rank", "weights", "MB", "most like (w)", "sha256", "from"]]
     for number, task in enumerate(tasks, start=1):
@@ -42,15 +42,19 @@ def inspect(options: argparse.Namespace) -> tuple[str, Any, bool]:
         )  # fmt: skip
     size = sum(task["bytes"] for task in tasks) / 1e6
     title = f"{options.source}: {len(tasks)} tasks, {size:.1f} MB, base model {base or 'not named'}"
-    return f"{title}\n\n{table(rows)}", {"source": options.source, "base_model": base, "tasks": tasks}, True
+    notes = [f"{task['task']}: {_NOT_LISTED}" for task in tasks if found.manifest and not task["listed"]]
+    notes += [f"{folder}: {_LEFT_OUT}" for folder in found.left_out]
+    values = {"source": options.source, "base_model": base, "tasks": tasks, "left_out": found.left_out}
+    return "\n".join([f"{title}\n\n{table(rows)}", *([""] if notes else []), *notes]), values, True
 
 
-def _about(adapter: AdapterFile) -> dict[str, Any]:
+def _about(adapter: AdapterFile, manifest: Mapping[str, Any]) -> dict[str, Any]:
     weights = adapter.weights()
     config = adapter.config
     own = {name: tensor for name, tensor in weights.items() if name != ATTRIBUTION_KEY}
     return {
         "task": adapter.name,
+        "listed": adapter.name in manifest,
         "history": adapter.history,
         "rank": config.r,
         "weights": sum(tensor.numel() for tensor in own.values()),
@@ -65,22 +69,30 @@ def _about(adapter: AdapterFile) -> dict[str, Any]:
 
 def verify(options: argparse.Namespace) -> tuple[str, Any, bool]:
     """Hashes, finite values, shapes, history: every task is looked at, whatever is wrong with the others."""
-    found = found_in(options)
-    view = None if options.base is None else BaseView.of(_shapes(options.base, found.adapters))
+    damaged: dict[str, str] = {}
+    found = found_in(options, damaged)
+    against = options.base is not None and bool(found.adapters)
+    view = BaseView.of(without_weights(found.adapters, options.base)) if against else None
     checks = {adapter.name: _problems(adapter, found.manifest.get(adapter.name), view) for adapter in found.adapters}
+    checks.update({task: [problem] for task, problem in damaged.items()})
     whole = [f"{task!r} is listed in chain.json and is not there" for task in found.manifest if task not in checks]
     try:
-        in_order(found.adapters)
+        if not damaged:  # whose histories are not known
+            in_order(found.adapters)
     except ChainError as error:
         whole.append(str(error))
     well = not whole and not any(checks.values())
-    against = f", shapes as in {options.base}" if view is not None else ""
-    lines = [f"ok      {task}: finite, hash and history as listed{against}" for task, bad in checks.items() if not bad]
+    compared = {task: ", hash and history as listed" for task in found.manifest}
+    if found.manifest:
+        compared.update({task: f", {_NOT_LISTED}" for task in checks if task not in compared})
+    shapes = f", shapes as in {options.base}" if against else ""
+    lines = [f"ok      {task}: finite{compared.get(task, '')}{shapes}" for task, bad in checks.items() if not bad]
     lines += [f"WRONG   {task}: {problem}" for task, bad in checks.items() for problem in bad]
     lines += [f"WRONG   {problem}" for problem in whole]
+    lines += [f"note    {folder}: {_LEFT_OUT}" for folder in found.left_out]
     if not found.manifest:
         lines.append("note    there is no chain.json: hashes cannot be compared")
-    return "\n".join(lines), {"well": well, "tasks": checks, "chain": whole}, well
+    return "\n".join(lines), {"well": well, "tasks": checks, "chain": whole, "left_out": found.left_out}, well
 
 
 def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseView | None) -> list[str]:
@@ -99,13 +111,6 @@ def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseV
     if adapter.history != list(entry["history"]):
         found.append(f"history {adapter.history}, and chain.json says {entry['history']}")
     return found
-
-
-def _shapes(base: str, adapters: Sequence[AdapterFile]) -> Any:
-    """The base model without weights."""
-    config = AutoConfig.from_pretrained(base)
-    with torch.device("meta"):
-        return model_class(adapters).from_config(config)
 
 
 def report(options: argparse.Namespace) -> tuple[str, Any, bool]:

@@ -24,7 +24,7 @@ from ..chain.errors import ChainError, warn_or_raise
 from ..chain.loading import find_chain
 from ..chain.manifest import MANIFEST_NAME, REPO_ID, ROOT, read_manifest, weights_hash
 from ..chain.order import with_history
-from ..chain.reading import AdapterFile, read_adapter
+from ..chain.reading import AdapterFile, read_each
 
 Source = str | os.PathLike[str]
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -52,10 +52,17 @@ class Access:
 
 @dataclass
 class Fetched:
-    """What sources hold: adapters, oldest first where that is known, and what their manifests say of them."""
+    """What sources hold: adapters, oldest first where that is known, and what their manifests say of them.
+
+    Attributes:
+        left_out: folders that hold adapters and are no part of the chain.
+        damaged: task -> what is wrong with its config. None: that is an error.
+    """
 
     adapters: list[AdapterFile] = field(default_factory=list)
     manifest: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    damaged: dict[str, str] | None = None
     strict: bool = True
 
     def add(self, adapter: AdapterFile, entry: Mapping[str, Any] | None) -> None:
@@ -84,23 +91,30 @@ def is_on_hub(source: Source | Sequence[Source]) -> TypeGuard[str]:
     return isinstance(source, str) and REPO_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
-def fetch(source: Source, access: Access, tasks: Sequence[str] | None, strict: bool) -> Fetched:
+def fetch(
+    source: Source,
+    access: Access,
+    tasks: Sequence[str] | None,
+    strict: bool,
+    damaged: dict[str, str] | None = None,
+) -> Fetched:
     """The adapters of a chain's folder or repository, and of the repositories that its manifest pins.
 
     Args:
         tasks: only these, and what they were trained on top of.
+        damaged: takes what is wrong with configs that cannot be read, by task. None: the first is an error.
 
     Raises:
         ChainError: no such repository, revision or file; no network and nothing in the cache.
     """
-    found = Fetched(strict=strict)
+    found = Fetched(strict=strict, damaged=damaged)
     if is_on_hub(source):
         _add_repository(found, str(source), access, tasks)
         return found
-    adapters, manifest = find_chain(source)
+    adapters, manifest, found.left_out = find_chain(source, damaged)
     found.manifest.update(manifest)
     wanted = {task: manifest[task] for task in with_history(manifest, tasks)} if _is_pinned(manifest) else {}
-    for adapter in [*_pinned(wanted, access), *adapters]:
+    for adapter in [*_pinned(wanted, access, damaged), *adapters]:
         found.add(adapter, manifest.get(adapter.name))
     return found
 
@@ -116,7 +130,7 @@ def fetch_each(sources: Sequence[Source], access: Access, strict: bool) -> Fetch
         if is_on_hub(source):
             _add_repository(found, source, access, None)
         else:
-            found.add(find_chain([source])[0][0], None)
+            found.add(find_chain([source]).adapters[0], None)
     return found
 
 
@@ -124,15 +138,20 @@ def _add_repository(found: Fetched, repo: str, access: Access, tasks: Sequence[s
     root = access.snapshot(repo, [MANIFEST_NAME])
     manifest = read_manifest(root) or {}
     wanted = {task: manifest[task] for task in with_history(manifest, tasks)} if manifest else {}
-    own = [entry["folder"] for entry in wanted.values() if "repo_id" not in entry]
-    patterns = _files_in(own) if manifest else [*ADAPTER_FILES, *(f"*/{name}" for name in ADAPTER_FILES)]
+    own = {task: entry["folder"] for task, entry in wanted.items() if "repo_id" not in entry}
+    patterns = (
+        _files_in(list(own.values())) if manifest else [*ADAPTER_FILES, *(f"*/{name}" for name in ADAPTER_FILES)]
+    )
     root = access.snapshot(repo, patterns, revision=root.name)
-    adapters = [read_adapter(root / place) for place in own] if manifest else find_chain(root)[0]
+    if manifest:
+        adapters = read_each([(task, root / place) for task, place in own.items()], found.damaged)
+    else:
+        adapters = find_chain(root, found.damaged).adapters
     for adapter in adapters:
         folder = ROOT if adapter.path == root else adapter.path.name
         _mark(adapter, repo, root.name, folder, manifest.get(adapter.name))
     place = {task: index for index, task in enumerate(wanted)}
-    both = [*_pinned(wanted, access), *adapters]
+    both = [*_pinned(wanted, access, found.damaged), *adapters]
     for adapter in sorted(both, key=lambda adapter: place.get(adapter.name, len(place))):
         found.add(adapter, manifest.get(adapter.name))
 
@@ -141,16 +160,18 @@ def _is_pinned(manifest: Mapping[str, Mapping[str, Any]]) -> bool:
     return any("repo_id" in entry for entry in manifest.values())
 
 
-def _pinned(manifest: Mapping[str, Mapping[str, Any]], access: Access) -> list[AdapterFile]:
+def _pinned(
+    manifest: Mapping[str, Mapping[str, Any]], access: Access, damaged: dict[str, str] | None
+) -> list[AdapterFile]:
     """The tasks that lie in other repositories, at the commits that the manifest names."""
     found = []
-    for entry in manifest.values():
+    for task, entry in manifest.items():
         if "repo_id" in entry:
             folder = entry["folder"]
             root = access.snapshot(entry["repo_id"], _files_in([folder]), revision=entry["revision"])
-            adapter = read_adapter(root if folder == ROOT else root / folder)
-            _mark(adapter, entry["repo_id"], entry["revision"], folder, entry)
-            found.append(adapter)
+            for adapter in read_each([(task, root if folder == ROOT else root / folder)], damaged):
+                _mark(adapter, entry["repo_id"], entry["revision"], folder, entry)
+                found.append(adapter)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def load_chain(
     From the Hub only `chain.json`, configs and safetensors are fetched, in parallel; the commit of each repository is
     kept in its adapters' configs (`origin`). Tasks that a chain's manifest pins in other repositories are
     fetched at those commits. What has been fetched once is loaded offline.
+
+    Adapters that lay in a folder when `save_chain` saved another chain into it are left out, with a warning.
 
     Args:
         base: the base model, without adapters. It is changed in place, as by `get_peft_model`.
@@ -65,6 +68,15 @@ def load_chain(
         found, where = fetch(source, access, tasks, strict), str(source)
     else:
         found, where = fetch_each(source, access, strict), "the list"
+    wanted = [tasks] if isinstance(tasks, str) else tasks
+    passed_over = [name for name in found.left_out if wanted is None or name in wanted]
+    if passed_over:
+        warnings.warn(
+            f"{where} holds {', '.join(map(repr, passed_over))} beside the chain that was saved there last: left out. "
+            "To load them, give load_chain a list of all adapter folders that you mean, oldest first; else move or "
+            "delete them.",
+            stacklevel=2,
+        )
     return loading.load_adapters(
         base, found.adapters, found.manifest, where, tasks=tasks, trainable=trainable, strict=strict,
         autocast_adapter_dtype=autocast_adapter_dtype,

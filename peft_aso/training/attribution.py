@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..attribution import MAX_ANSWER_TOKENS, AttributionVector, integrated_gradients
+from ..attribution import MAX_ANSWER_TOKENS, AttributionVector, integrated_gradients, unwrap
+from ..attribution.answer import read_batch
+from ..attribution.neurons import find_neurons
+from ..attribution.quiet import undisturbed
 from ..tuner import ASOLoraModel
+from ..tuner.config import AttributionConfig
 from ..tuner.persistence import tuner_of
 
 
@@ -60,6 +64,26 @@ def compute_attribution(
             max_answer_tokens=max_answer_tokens,
             progress=progress,
         )
+
+
+def check_readable(model: nn.Module, batches: Sequence[Mapping[str, Any]], settings: AttributionConfig) -> None:
+    """Raise what `compute_attribution` would say of these batches and settings, without computing anything.
+
+    Args:
+        model: a PEFT model with ASO-LoRA adapters.
+        batches: collated batches with `labels`.
+        settings: those of the task.
+
+    Raises:
+        ValueError: a model without FFN neurons, or without any in the settings' `stacks`; a batch that is refused.
+    """
+    bare, tuner = unwrap(model), tuner_of(model)
+    stacks = {layer.stack for layer in find_neurons(bare, settings.neurons)}
+    if settings.stacks != "all" and settings.stacks not in stacks:
+        raise ValueError(f"{type(bare).__name__} has no FFN neurons in a stack {settings.stacks!r}: use stacks='all'")
+    with nullcontext() if tuner is None else tuner.unsharded(), undisturbed(bare):
+        for batch in batches:
+            read_batch(bare, batch, settings.max_answer_tokens)
 
 
 def looking_at(model: nn.Module, adapter: str | None, alone: bool) -> AbstractContextManager[None]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..tuner import ASOLoraModel
+from .attribution import check_readable
 from .coefficients import Coefficients, agree, require_tuner, store_attribution, update_coefficients
-from .probe import choose_probe, seed_of
+from .probe import NoAnswersError, choose_probe, seed_of
 
 
 class ASOCallback(TrainerCallback):
@@ -29,11 +32,8 @@ class ASOCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        tuner = require_tuner(model)
-        tuner.note_sharding()
-        settings = tuner.peft_config[tuner.current_task].attribution
-        if settings.similarity != "none":
-            self._probe = choose_probe(loader, settings.probe_size, seed_of(args))
+        require_tuner(model).note_sharding()
+        self._probe = self._readable_probe(args, model, loader)
         if not self.restored:
             self._refresh(args, model)
         self.restored = False
@@ -54,14 +54,52 @@ class ASOCallback(TrainerCallback):
             store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
         self._probe = []
 
+    def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
+        """The probe; empty where no attribution is wanted, or where it cannot read the task and nothing needs it yet.
+
+        Raises:
+            ValueError: attribution cannot read the task, and this task's psi or a later one's needs it.
+        """
+        tuner = require_tuner(model)
+        task = tuner.current_task
+        settings = tuner.peft_config[task].attribution
+        if settings.similarity == "none":
+            return []
+        try:
+            probe = choose_probe(loader, settings.probe_size, seed_of(args))
+            check_readable(model, probe, settings)
+        except NoAnswersError:
+            raise
+        except ValueError as error:
+            if _weighs(tuner) or settings.source == "stored":
+                raise
+            if args.process_index == 0:
+                warnings.warn(_not_stored(task, error), stacklevel=2)
+            return []
+        return probe
+
     def _refresh(self, args: TrainingArguments, model: nn.Module) -> None:
         tuner = require_tuner(model)
-        config = tuner.peft_config[tuner.current_task]
-        if not tuner.history or config.resolved_penalty_weight == 0:
-            return  # psi would weigh nothing
+        if not _weighs(tuner):
+            return
         self.last = update_coefficients(model, self._probe, progress=not args.disable_tqdm)
         if args.world_size > 1:
             agree(tuner)
+
+
+def _weighs(tuner: ASOLoraModel) -> bool:
+    """Whether the current task has a penalty for psi to weigh."""
+    return bool(tuner.history) and tuner.peft_config[tuner.current_task].resolved_penalty_weight > 0
+
+
+def _not_stored(task: str, reason: Exception) -> str:
+    return (
+        f"No attribution vector will be stored with {task!r}, because attribution cannot read the task: "
+        f"{str(reason).rstrip('.')}. The training is the same without it: only a later task with "
+        "AttributionConfig(source='stored') needs the vector. "
+        f"Settings that may help, in model.peft_config[{task!r}].attribution before the training: max_answer_tokens "
+        "(longer answers), neurons (mixtures of experts); similarity='none' leaves attribution off, without a warning."
+    )
 
 
 def steps_between(refresh: float, max_steps: int) -> int:

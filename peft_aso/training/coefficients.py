@@ -211,7 +211,8 @@ def require_stored(tuner: ASOLoraModel) -> None:
         if name not in tuner.attribution:
             raise ValueError(
                 f"source='stored' needs an attribution vector with each earlier task, and {name!r} has none: it was "
-                "not trained with ASOTrainer. Use AttributionConfig(source='current')."
+                "not trained with ASOTrainer, or attribution could not read its examples. Use "
+                "AttributionConfig(source='current')."
             )
 
 

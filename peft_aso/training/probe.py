@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -17,11 +17,18 @@ from transformers import TrainingArguments
 BATCH = 8
 
 
+class NoAnswersError(ValueError):
+    """All labels of the training data are -100: neither attribution nor the loss has anything to go by."""
+
+
 @contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Collators may draw random numbers; the training must not notice."""
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Collators may draw random numbers: the same for the same seed, and the training must not notice."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
         yield
     finally:
         torch.set_rng_state(states[0])
@@ -37,7 +44,9 @@ def seed_of(args: TrainingArguments) -> int:
 def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str, Any]]:
     """`size` examples of the loader's dataset, the same for the same seed, collated in small batches.
 
-    Examples without answer tokens (all labels -100) are passed over. The random state is left as it was.
+    Examples without answer tokens (all labels -100) are passed over. A collator that draws at random which tokens are
+    the answer (masked language modelling) may leave a row without one: the row is left out, and others are taken. The
+    random state is left as it was.
 
     Args:
         loader: the training dataloader: its dataset and its collator are used, not its order.
@@ -45,21 +54,26 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
         seed: of the choice.
 
     Raises:
-        ValueError: no example has answer tokens, or the batches have no labels.
+        NoAnswersError: no example has answer tokens.
+        ValueError: the batches have no labels.
     """
-    with _same_random_state():
-        chosen: list[Any] = []
-        for example in islice(_candidates(loader.dataset, seed), 4 * size + 64):
-            if _has_answer(loader.collate_fn([example])):
-                chosen.append(example)
-            if len(chosen) == size:
-                break
-        if not chosen:
-            raise ValueError(
+    with _own_random_state(seed):
+        candidates = islice(_candidates(loader.dataset, seed), 4 * size + 64)
+        answering = (example for example in candidates if _has_answer(loader.collate_fn([example])))
+        batches: list[dict[str, Any]] = []
+        missing = size
+        while missing and (group := list(islice(answering, min(BATCH, missing)))):
+            batch = dict(loader.collate_fn(group))
+            answered = _answered(batch)
+            missing -= len(group) - int((~answered).sum())
+            if answered.any():
+                batches.append(batch if answered.all() else _rows(batch, answered))
+        if not batches:
+            raise NoAnswersError(
                 "No example of the training data has answer tokens: all labels are -100. The attribution (and the "
                 "loss) need labels on the answer; check the tokenization, truncation and chat template."
             )
-        return [dict(loader.collate_fn(chosen[start : start + BATCH])) for start in range(0, len(chosen), BATCH)]
+        return batches
 
 
 def _candidates(dataset: Any, seed: int) -> Iterator[Any]:
@@ -71,11 +85,24 @@ def _candidates(dataset: Any, seed: int) -> Iterator[Any]:
         yield dataset[index]
 
 
-def _has_answer(batch: Any) -> bool:
+def _has_answer(batch: Mapping[str, Any]) -> bool:
+    return bool(_answered(batch).any())
+
+
+def _answered(batch: Mapping[str, Any]) -> torch.Tensor:
+    """bool `(batch,)`: the rows with a label that is not -100."""
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(
             f"The training batches have no `labels` (they have: {', '.join(sorted(batch))}). The attribution needs "
             "them: use a collator that adds them, or a dataset with a `labels` column."
         )
-    return bool((torch.as_tensor(labels) != -100).any())
+    labels = torch.as_tensor(labels)
+    return (labels != -100).reshape(len(labels), -1).any(1)
+
+
+def _rows(batch: Mapping[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
+    """The chosen rows of a batch; what is no tensor with a row for each example stays as it is."""
+    whole = {name: value for name, value in batch.items() if not torch.is_tensor(value) or not value.dim()}
+    parts = {name: value for name, value in batch.items() if name not in whole}
+    return {**whole, **{name: v[chosen] if len(v) == len(chosen) else v for name, v in parts.items()}}

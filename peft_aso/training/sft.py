@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+import torch
+from torch import nn
 
 try:
     from trl import SFTTrainer
@@ -40,3 +44,10 @@ class ASOSFTTrainer(ASOTrainerMixin, SFTTrainer):
                 "Leave both off."
             )
         super().__init__(model, args, *more, **keywords)
+
+    def _counts_items(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> torch.Tensor:
+        """TRL's loss keeps a record of the passes, to which these do not belong."""
+        record = {name: copy.deepcopy(self.__dict__[name]) for name in ("_metrics", "_total_train_tokens")}
+        found = super()._counts_items(model, inputs, count)
+        self.__dict__.update(record)
+        return found

@@ -29,10 +29,11 @@ class TrainedPart:
         self.model = model
         self.optimizer: Any = None
         self._found: dict[nn.Parameter, None] = {}  # a set in the model's order
+        self._before: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A model that is copied or pickled in training takes this along, but not the optimizer."""
-        return {**self.__dict__, "optimizer": None}
+        return {**self.__dict__, "optimizer": None, "_before": {}}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As the model's, without those that do not train."""
@@ -51,18 +52,32 @@ class TrainedPart:
             elif parameter.grad is not None:
                 parameter.grad = torch.zeros_like(parameter.grad)
 
+    def stand_in(self) -> None:
+        """Let the model's `zero_grad` come here."""
+        held = self.model.__dict__
+        self._before = {name: held[name] for name in ("zero_grad",) if name in held}
+        held["zero_grad"] = self.zero_grad
+
+    def step_back(self) -> None:
+        """Give the model its own `zero_grad` again."""
+        del self.model.__dict__["zero_grad"]
+        self.model.__dict__.update(self._before)
+
+    def follow(self, model: nn.Module) -> None:
+        """Stand in for another model, which takes the place of the first in the middle of `train` (`model_init`)."""
+        self.step_back()
+        self.model, self._found = model, {}
+        self.stand_in()
+
 
 @contextmanager
 def clearing_only(part: TrainedPart) -> Iterator[None]:
     """Inside the context `zero_grad` of the part's model goes to the part."""
-    held = part.model.__dict__
-    before = {name: held[name] for name in ("zero_grad",) if name in held}
-    held["zero_grad"] = part.zero_grad
+    part.stand_in()
     try:
         yield
     finally:
-        del held["zero_grad"]
-        held.update(before)
+        part.step_back()
 
 
 class TrainedOnlyMixin:
@@ -86,6 +101,13 @@ class TrainedOnlyMixin:
                 return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._trained = None
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the Trainer's."""
+        model = super().call_model_init(trial)  # type: ignore[misc]
+        if self._trained is not None:
+            self._trained.follow(model)
+        return model
 
     def _for_gradients(self, model: nn.Module) -> Any:
         if self._trained is None:

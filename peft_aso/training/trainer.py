@@ -10,9 +10,8 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..attribution import unwrap
-from ..attribution.quiet import undisturbed
 from ..tuner import ASOLoraModel
+from .accumulation import counts_items
 from .callback import ASOCallback
 from .checkpoint import check_checkpoint, restore_coefficients, save_current_task
 from .coefficients import require_tuner
@@ -31,11 +30,14 @@ class ASOTrainerMixin(TrainedOnlyMixin):
     earlier task `psi/<task>` and `similarity/<task>`.
 
     Raises (on construction, before any work):
-        ValueError: no ASO-LoRA adapter, or the active task is the history of another and therefore frozen.
+        ValueError: no ASO-LoRA adapter, the active task is the history of another and therefore frozen, or the
+            adapters are merged or switched off.
         MissingHistoryError: a task of the history is not loaded.
         HistoryError: an earlier task shares no module with the current one.
         ValueError: DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine).
     """
+
+    _resuming: bool | None = None  # None until `train` is called
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,14 +63,15 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The Trainer's loss; in training, plus the penalty, counted once an optimizer step."""
-        labels = inputs.get("labels")
+        labels = inputs.get("labels")  # the loss below may pop them
+        scaled = self._scaled_for_accumulation(num_items_in_batch)
+        mean = model.training and scaled and self._mean_in_spite_of_count(model, inputs, num_items_in_batch)
         found = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         loss, outputs = found if return_outputs else (found, None)
         if model.training:
-            scaled = self._scaled_for_accumulation(num_items_in_batch)
-            if scaled and labels is not None and self._mean_in_spite_of_count(model, inputs, labels):
+            if mean and labels is not None:
                 loss = loss * self._share(labels, num_items_in_batch)
             share = self.current_gradient_accumulation_steps if scaled else 1  # type: ignore[attr-defined]
             loss = self._with_penalty(loss, share, scaled)
@@ -95,26 +98,32 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
         return bool(counted or self.compute_loss_func is not None)  # type: ignore[attr-defined]
 
-    def _mean_in_spite_of_count(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> bool:
-        """Whether the model takes `num_items_in_batch` and ignores it, as T5 does.
+    def _mean_in_spite_of_count(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> bool:
+        """Whether the loss is the mean of each micro-batch, whatever `num_items_in_batch` it is given (T5's own is).
 
-        Its loss is then the mean of each micro-batch, and gradient accumulation would sum those means. Found out
-        once a run by giving one example two different counts.
+        Found out once a run, where a step has several micro-batches, from the loss below with two counts.
         """
-        if self.label_smoother is not None or self.compute_loss_func is not None:  # type: ignore[attr-defined]
+        own = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
+        if own or self.loss_is_scaled_for_ga is not None or count is None or inputs.get("labels") is None:  # type: ignore[attr-defined]
+            return False
+        parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes  # type: ignore[attr-defined]
+        if parts == 1:
             return False
         if self._ignores_item_count is None:
-            row = int((labels.flatten(1) != -100).any(1).int().argmax()) if labels.dim() > 1 else 0
-            one = {
-                name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
-                for name, value in inputs.items()
-            }
-            bare = unwrap(model)
-            run = model if self.tuner.tasks.sharded else bare  # sharded weights come together in the wrapper's pass
-            with undisturbed(bare), torch.no_grad():
-                losses = [run(**one, num_items_in_batch=count)["loss"] for count in (1, 1000)]
-            self._ignores_item_count = torch.equal(losses[0], losses[1])
+            # sharded weights come together in the wrapper's pass
+            bare = model if self.tuner.tasks.sharded else unwrap_parallel(model)
+            counts = self._counts_items(bare, inputs, count)
+            answered = inputs["labels"].ne(-100).any().to(counts.device)
+            seen = self.accelerator.gather(torch.stack([counts, answered]).int()[None])  # type: ignore[attr-defined]
+            counted, told = seen.bool().any(0).tolist()
+            if not told:
+                return False  # nothing labelled, no loss: the next micro-batch tells
+            self._ignores_item_count = not counted
         return self._ignores_item_count
+
+    def _counts_items(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> torch.Tensor:
+        loss_of = super().compute_loss  # type: ignore[misc]
+        return counts_items(lambda each, items: loss_of(model, each, num_items_in_batch=items), inputs, count)
 
     def _share(self, labels: torch.Tensor, num_items_in_batch: Any) -> Any:
         """The part of the step's labels that is in this micro-batch: turns its mean into its part of the sum."""
@@ -145,7 +154,8 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         if not tuner.history:
             return {}
         similarities = tuner.peft_config[tuner.current_task].similarities or {}
-        named = {"psi": tuner.soft_coefficients, "similarity": similarities}
+        psi = {tuner.task_name(name): value for name, value in tuner.soft_coefficients.items()}
+        named = {"psi": psi, "similarity": similarities}
         return {
             f"{kind}/{task}": sum(value) / len(value) if isinstance(value, list) else value
             for kind, values in named.items()
@@ -156,20 +166,32 @@ class ASOTrainerMixin(TrainedOnlyMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. A task with `project_init="inputs"` that has not been trained yet gets its A first."""
-        check_trainable(self.tuner)
         self._forget_notes()
-        if not resume_from_checkpoint:
-            self._start_from_inputs()
+        self._ignores_item_count = None
+        self._resuming = bool(resume_from_checkpoint)
+        if self.model_init is None:  # type: ignore[attr-defined]
+            self._make_ready(self.model)  # type: ignore[attr-defined]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _start_from_inputs(self) -> None:
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the Trainer's; the model of a run is made ready for it as a given one is."""
+        model = super().call_model_init(trial)
+        if self._resuming is not None:
+            if self.place_model_on_device:  # type: ignore[attr-defined]
+                self._move_model_to_device(model, self.args.device)  # type: ignore[attr-defined]
+            self._make_ready(model)
+        return model
+
+    def _make_ready(self, model: nn.Module) -> None:
         """Before anything is wrapped: A of all processes is then the first one's, and whole."""
-        tuner, args = self.tuner, self.args  # type: ignore[attr-defined]
-        if tuner.peft_config[tuner.current_task].project_init != "inputs" or not is_untrained(tuner):
+        tuner, args = require_tuner(model), self.args  # type: ignore[attr-defined]
+        check_trainable(tuner)
+        from_inputs = tuner.peft_config[tuner.current_task].project_init == "inputs"
+        if self._resuming or not from_inputs or not is_untrained(tuner):
             return
         loader = self.get_train_dataloader()  # type: ignore[attr-defined]
         probe = choose_probe(loader, INPUT_EXAMPLES, seed_of(args))
-        initialize_from_inputs(self.model, probe, progress=not args.disable_tqdm)  # type: ignore[attr-defined]
+        initialize_from_inputs(model, probe, progress=not args.disable_tqdm)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint holds the current task: the history does not change and is not written again."""
@@ -195,8 +217,9 @@ class ASOTrainerMixin(TrainedOnlyMixin):
 
 
 def check_trainable(tuner: ASOLoraModel) -> None:
-    """Refuse to train a task that is frozen, that lacks its history, or that shares no module with it."""
+    """Refuse to train what is merged or off, a task that is frozen, lacks its history, or shares no module with it."""
     task = tuner.current_task
+    _refuse_merged_or_off(tuner)
     dependents = tuner.tasks.dependents(task)
     if dependents:
         raise ValueError(
@@ -210,6 +233,21 @@ def check_trainable(tuner: ASOLoraModel) -> None:
         raise ValueError(
             f"Nothing in the model trains: the adapter {task!r} was loaded for inference. Call "
             f"model.set_adapter({task!r}) (or load it with is_trainable=True)."
+        )
+
+
+def _refuse_merged_or_off(tuner: ASOLoraModel) -> None:
+    """Adapters outside of the forward pass get no gradient from the task, and would follow the penalty alone."""
+    layers = list(tuner.lora_layers().values())
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "The adapters are merged into the base weights, where they do not train. Call model.unmerge_adapter() "
+            "first."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            "The adapters are switched off, so that they do not train. Call model.base_model.enable_adapter_layers() "
+            "first (or leave the disable_adapter() context)."
         )
 
 

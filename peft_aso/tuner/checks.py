@@ -52,6 +52,22 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
         )
 
 
+def check_task_name(name: str, model: nn.Module, adapters: Container[str]) -> None:
+    """Refuse a task's name that a saved chain could not have, before anything is trained under it.
+
+    Args:
+        adapters: names of the model's adapters, which are parts of its parameter names and no obstacle.
+
+    Raises:
+        ValueError: the name is no plain folder name, or a part of the model's own parameter names.
+    """
+    if not is_folder_name(name) or (name not in adapters and not is_free(name, name_parts(model))):
+        raise ValueError(
+            f"A task cannot be called {name!r}: a chain keeps each task in a folder of its name, and loads it under that "
+            "name. Choose a plain one that is no part of the model's own parameter names."
+        )
+
+
 def name_parts(model: nn.Module) -> set[str]:
     """The parts of the model's own names and of PEFT's, which no adapter may be called."""
     parts = set(_PEFT_PARTS)
@@ -63,6 +79,11 @@ def name_parts(model: nn.Module) -> set[str]:
 def is_free(name: str, parts: Container[str]) -> bool:
     """Whether an adapter may have this name in a model with these `name_parts`."""
     return bool(name) and "." not in name and "/" not in name and name not in parts
+
+
+def is_folder_name(name: object) -> bool:
+    """Whether a task's name can be the name of its folder: a text that leads neither out of one nor out of sight."""
+    return isinstance(name, str) and name[:1] not in ("", ".") and not set(name) & set("/\\\0")
 
 
 def changes_base(config: Any) -> bool:

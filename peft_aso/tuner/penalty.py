@@ -94,6 +94,10 @@ class PenalisedTask(ActiveTask):
             named = self._by_adapter(similarities)
             config.similarities = {self.task_name(name): named[name] for name in self.history if name in named}
 
+    def forget_soft_coefficients(self, adapter: str) -> None:
+        """Take psi of an adapter from its config again, which was changed."""
+        self._coefficients.forget(adapter)
+
     def _by_adapter(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {adapter_of(name, self.peft_config) or name: value for name, value in values.items()}
 

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from peft_aso import load_chain
-from peft_aso.chain import ChainError, save_chain, saving
+from peft_aso.chain import ChainError, export_lora, save_chain, saving
 from peft_aso.chain.manifest import MANIFEST_NAME, weights_hash
 from tests.chain.chains import killed_in_a_child, logits, make_chain, settings
 from tests.tiny_models import tiny
@@ -106,6 +106,44 @@ def test_saving_again_keeps_other_files(tmp_path: Path) -> None:
     save_chain(model, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert torch.equal(logits(load_chain(tiny("llama"), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sst2/v1", ".x", "a\\b", "a\0b", "a.b", "model", "layers", "weight", "lora_A", "first", "a b", "ä", "a-b:c"],
+)
+def test_a_name_that_is_saved_is_one_that_loads(tmp_path: Path, name: str) -> None:
+    """Whatever the tuner takes: it is saved and can be loaded, or is refused before anything is written."""
+    model = make_chain(tasks={"default": {}, "second": {}})
+    model.peft_config["default"].task_name = name
+    model.peft_config["second"].history = [name]
+    model.base_model.tasks.refresh(model.peft_config)
+    is_good = name in ("first", "a b", "ä", "a-b:c")
+    try:
+        save_chain(model, tmp_path / "chain")
+    except ChainError as error:
+        assert not is_good and repr(name) in str(error) and not (tmp_path / "chain").exists()
+    else:
+        assert is_good
+        assert torch.equal(logits(load_chain(tiny("llama"), tmp_path / "chain")), logits(model))
+
+
+def test_names_of_other_adapters_are_no_parts_of_the_model(tmp_path: Path) -> None:
+    model = make_chain("bert")  # whose heads have the adapters' names in their parameters' names
+    assert list(load_chain(tiny("bert"), save_chain(model, tmp_path / "chain")).peft_config) == list(model.peft_config)
+
+
+def test_a_task_that_is_called_as_an_export_was(tmp_path: Path) -> None:
+    save_chain(make_chain(), tmp_path)
+    export_lora(make_chain(), tmp_path / "sum")
+    listing = {**manifest(tmp_path), "exports": ["sum"]}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(listing))
+    save_chain(make_chain(), tmp_path)
+    assert manifest(tmp_path)["exports"] == ["sum"] and manifest(tmp_path)["left_out"] == []
+    model = make_chain(tasks={"sum": {}})
+    save_chain(model, tmp_path)
+    assert manifest(tmp_path)["exports"] == []
+    assert list(load_chain(tiny("llama"), tmp_path).peft_config) == ["sum"]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

@@ -12,10 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from peft_aso import export_merged, push_chain, save_chain
+from peft_aso import ASOLoraConfig, export_merged, push_chain, save_chain
+from peft_aso.chain.reading import AdapterFile
 from peft_aso.cli import main
+from peft_aso.cli.bases import model_class
 from tests.chain.chains import make_chain
 from tests.hub.conftest import hub  # noqa: F401
 from tests.hub.server import Hub
@@ -79,6 +81,79 @@ def test_verify_finds_what_is_wrong(places: Any, capsys: pytest.CaptureFixture[s
     assert "NaN" in said(capsys, "verify", chain)[1]
     file.write_bytes(b"broken")
     assert "truncated" in said(capsys, "verify", chain)[1]
+
+
+def test_verify_looks_at_every_task(
+    places: Any,
+    capsys: pytest.CaptureFixture[str],
+    hub: Hub,  # noqa: F811
+) -> None:
+    chain, base, model = places
+    push_chain(model, "user/chain", merged=False)
+    file = chain / "third" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    hub.put("user/chain", {"third/adapter_model.safetensors": file.read_bytes(), "first/adapter_config.json": b"{"})
+    (chain / "first" / "adapter_config.json").write_text("{")
+    for source in (chain, "user/chain"):
+        code, text = said(capsys, "verify", source, "--base", base)
+        lines = [line for line in text.splitlines() if line.startswith(("ok ", "WRONG ", "note "))]
+        assert code == 1 and [line.split()[0] for line in lines] == ["ok", "WRONG", "WRONG"]
+        assert "second" in lines[0] and "sha256" in lines[1] and "third" in lines[1]
+        assert "first: " in lines[2] and "not valid JSON" in lines[2]
+        assert set(json.loads(said(capsys, "verify", source, "--json")[1])["tasks"]) == {"first", "second", "third"}
+    for task in ("second", "third"):
+        (chain / task / "adapter_config.json").write_text("{")
+    code, text = said(capsys, "verify", chain, "--base", base)
+    assert code == 1 and text.count("WRONG") == 3
+
+
+def test_what_is_no_part_of_the_chain_is_said(places: Any, capsys: pytest.CaptureFixture[str], hub: Hub) -> None:  # noqa: F811
+    chain, base, _ = places
+    new = make_chain(tasks={"mood": {}, "topic": {}}, seed=1)
+    save_chain(new, chain)
+    later = make_chain(tasks={"mood": {}, "topic": {}, "later": {}}, seed=1)
+    later.save_pretrained(str(chain), selected_adapters=["later"])
+    code, text = said(capsys, "verify", chain)
+    lines = text.splitlines()
+    assert code == 0 and "mood: finite, hash and history as listed" in text
+    assert [line for line in lines if "later" in line] == ["ok      later: finite, not listed in chain.json"]
+    assert [line.split()[1] for line in lines if "left out" in line] == ["first:", "second:", "third:"]
+    assert json.loads(said(capsys, "verify", chain, "--json")[1])["left_out"] == ["first", "second", "third"]
+    code, text = said(capsys, "inspect", chain)
+    assert code == 0 and "3 tasks" in text and "later: not listed" in text and text.count("left out") == 3
+    found = json.loads(said(capsys, "inspect", chain, "--json")[1])
+    assert [(task["task"], task["listed"]) for task in found["tasks"]] == [
+        ("mood", True), ("topic", True), ("later", False)
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="left out"):
+        assert said(capsys, "push", chain, "user/chain", "--base", base)[0] == 0
+    pushed = [entry["task"] for entry in json.loads(hub.files("user/chain")["chain.json"])["tasks"]]
+    assert pushed == ["mood", "topic", "later"] and not any(
+        path.startswith("first/") for path in hub.files("user/chain")
+    )
+
+
+def test_a_chain_that_was_trained_without_a_task_type(
+    places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _, base, _ = places
+    model = make_chain(tasks={"first": {"task_type": None}, "second": {"task_type": None}})
+    chain = save_chain(model, tmp_path / "untyped")
+    assert said(capsys, "verify", chain, "--base", base)[0] == 0
+    assert said(capsys, "merge", chain, "--base", base, "--out", tmp_path / "merged")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+    assert said(capsys, "export", chain, "--base", base, "--out", tmp_path / "served")[0] == 0
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "served")
+    torch.testing.assert_close(logits(served), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("named", ["AutoModel", "set_seed", "os", "__doc__", 3, None])
+def test_only_models_of_transformers_are_taken_from_a_config(named: object) -> None:
+    adapter = AdapterFile(
+        Path("x"), "x", ASOLoraConfig(auto_mapping={"base_model_class": named, "parent_library": "os"})
+    )
+    assert model_class([adapter]) is AutoModel
 
 
 def test_merge_export_and_report(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

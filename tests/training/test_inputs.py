@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_aso import ASOLoraConfig, initialize_from_inputs, load_chain, save_chain
+from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, initialize_from_inputs, load_chain, save_chain
 from peft_aso.training import inputs as module
 from tests.tiny_models import tiny, tiny_batch
-from tests.training.tools import TinyTask, chain, config, largest_difference, randomize, train, weights
+from tests.training.tools import TinyTask, arguments, chain, config, largest_difference, randomize, train, weights
 
 
 def plain_twin(model: Any, rows: list[dict[str, torch.Tensor]], project: dict[str, float]) -> dict[str, np.ndarray]:
@@ -253,3 +253,46 @@ def test_the_same_run_twice_and_resumed_is_the_same(tmp_path: Path) -> None:
     train(resumed, tmp_path / "a", max_steps=4, resume=str(tmp_path / "a" / "checkpoint-2"))
     assert largest_difference(runs[0], runs[1]) == 0
     assert largest_difference(runs[0], weights(resumed, "second")) < 1e-6
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_each_model_that_a_run_makes_starts_from_the_inputs(tmp_path: Path, resume: bool) -> None:
+    """`model_init`, as a search over hyperparameters calls it; a resumed run takes A from its checkpoint."""
+    made, rank = [], 4
+
+    def init() -> Any:
+        with torch.random.fork_rng():
+            made.append(chain(project_init="inputs", penalty_weight=0.0, r=rank))
+        return made[-1]
+
+    given = init()
+    data = TinyTask(given)
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    train(given, tmp_path / "given", data, **options)
+    trainer = ASOTrainer(model_init=init, args=arguments(tmp_path / "made", **options), train_dataset=data)
+    trainer.train()
+    assert trainer.model is made[-1] and largest_difference(weights(given, "second"), weights(made[-1], "second")) == 0
+    if resume:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "made" / "checkpoint-1"))
+        assert largest_difference(weights(given, "second"), weights(made[-1], "second")) == 0
+    else:
+        trainer.args.learning_rate, rank = 0.0, 2
+        trainer.train()
+        for layer in made[-1].base_model.lora_layers().values():
+            new, old = (layer.lora_A[name].weight.detach() for name in ("second", "first"))
+            torch.testing.assert_close(new @ new.T, torch.eye(2), atol=1e-5, rtol=0)
+            assert (new @ old.T).abs().max() < 1e-5
+
+
+def test_a_model_made_for_a_run_that_cannot_train_is_refused(tmp_path: Path) -> None:
+    made = []
+
+    def init() -> Any:
+        made.append(chain(attribution=AttributionConfig(similarity="none")))
+        if len(made) > 1:
+            made[-1].merge_adapter()
+        return made[-1]
+
+    trainer = ASOTrainer(model_init=init, args=arguments(tmp_path), train_dataset=TinyTask(chain()))
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        trainer.train()

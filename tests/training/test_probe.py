@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,31 @@ def test_a_stream_gives_its_first_examples() -> None:
 
     (batch,) = choose_probe(loader(Stream()), 4, seed=0)
     assert torch.equal(batch["input_ids"], data.batch["input_ids"][:4])
+
+
+@pytest.mark.parametrize("width", [5, 8, 20])
+def test_a_collator_that_draws_the_answers_leaves_no_row_without_one(width: int, fresh_seed: int) -> None:
+    """Masked language modelling at 15%: a row that had an answer alone may have none in its batch."""
+    rows = torch.arange(100)[:, None].expand(100, width)
+
+    def masked(examples: list[torch.Tensor]) -> dict[str, Any]:
+        ids = torch.stack(examples)
+        labels = torch.where(torch.rand(ids.shape) < 0.15, ids, -100)
+        return {"input_ids": ids, "labels": labels, "scale": torch.tensor(2.0), "weights": torch.ones(9), "text": "x"}
+
+    seed = fresh_seed % 1000
+    states = torch.get_rng_state(), random.getstate()
+    probe = choose_probe(loader(rows, masked), 12, seed)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    torch.rand(7)  # whatever was drawn before, the seed decides
+    again = choose_probe(loader(rows, masked), 12, seed)
+    found = torch.cat([batch["input_ids"] for batch in probe])
+    assert len(found) == 12 and len(found[:, 0].unique()) == 12
+    for batch, same in zip(probe, again, strict=True):
+        answers = batch["labels"] != -100
+        assert answers.any(1).all() and torch.equal(batch["labels"][answers], batch["input_ids"][answers])
+        assert torch.equal(batch["labels"], same["labels"])
+        assert batch["scale"] == 2 and len(batch["weights"]) == 9 and batch["text"] == "x"
 
 
 def test_no_answers_at_all_and_no_labels_are_errors() -> None:

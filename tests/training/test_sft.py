@@ -122,6 +122,29 @@ def test_the_loss_is_trls_and_the_penalty(tmp_path: Path) -> None:
     assert len(calls) == 1, "no second pass for outputs that nobody asked for"
 
 
+def test_accumulation_is_trls_and_its_records_hold_the_training_alone(tmp_path: Path) -> None:
+    """Looking at the loss, once a run, is no pass of the training: TRL counts the tokens of those."""
+    found = []
+    for kind in (trl.SFTTrainer, peft_aso.ASOSFTTrainer):
+        torch.manual_seed(0)
+        model = chain(similarity="none")
+        model.peft_config["second"].penalty_weight = 0.0
+        args = arguments(tmp_path, gradient_accumulation_steps=3, max_grad_norm=0.0)
+        trainer = kind(model=model, args=args, train_dataset=data("text"), processing_class=tokenizer())
+        trainer.train()
+        records = [
+            {name: entry[name] for name in ("loss", "num_tokens", "mean_token_accuracy", "entropy")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        trained = [each.detach() for name, each in model.named_parameters() if ".second." in name]
+        found.append((records, trained))
+    assert len(found[0][0]) == 3 and found[0][0] == found[1][0]
+    for stock, ours in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)
+    assert trainer._ignores_item_count is False
+
+
 def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     given = {"train_dataset": data("text"), "processing_class": tokenizer()}
     with pytest.raises(ValueError, match="get_peft_model"):

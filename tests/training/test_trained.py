@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from peft_aso import ASOSeq2SeqTrainer, ASOTrainer
 from peft_aso.training.trained import TrainedOnlyMixin, TrainedPart
-from tests.training.tools import chain, randomize, train, weights
+from tests.training.tools import TinyTask, arguments, chain, randomize, train, weights
 
 
 class PlainWays(ASOTrainer):
@@ -64,6 +64,27 @@ def test_both_trainers_take_the_short_way_and_leave_nothing_behind(tmp_path: Pat
     assert isinstance(seen[0], TrainedPart)
     assert set(seen[0].parameters()) == {each for each in model.parameters() if each.requires_grad}
     assert "zero_grad" not in model.__dict__ and trainer._trained is None
+
+
+def test_the_model_that_a_run_makes_takes_the_short_way_too(tmp_path: Path) -> None:
+    made, seen = [], []
+
+    def init() -> Any:
+        made.append(chain())
+        return made[-1]
+
+    def see(inner: Any) -> None:
+        part = inner.zero_grad.__self__
+        seen.append((part, part.model, set(part.parameters())))
+
+    trainer = ASOTrainer(model_init=init, args=arguments(tmp_path), train_dataset=TinyTask(chain()))
+    trainer.add_callback(Look(see))
+    for _ in range(2):
+        trainer.train()
+        part, model, parameters = seen[-1]
+        assert isinstance(part, TrainedPart) and model is made[-1]
+        assert parameters == {each for each in model.parameters() if each.requires_grad}
+    assert len(made) == 3 and not any("zero_grad" in model.__dict__ for model in made)
 
 
 def test_nothing_is_left_behind_after_an_error_and_own_methods_come_back(tmp_path: Path) -> None:

@@ -282,6 +282,28 @@ def test_bad_models_are_refused_before_training(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("penalty", ["squared", "l1"])
+def test_adapters_that_are_merged_or_off_are_refused(tmp_path: Path, penalty: str) -> None:
+    for leave, back, advice in (
+        ("merge_adapter", "unmerge_adapter", r"merged.*model\.unmerge_adapter\(\)"),
+        ("disable_adapter_layers", "enable_adapter_layers", r"switched off.*enable_adapter_layers\(\)"),
+    ):
+        model = chain(penalty=penalty)
+        trainer = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
+        getattr(model.base_model, leave)()
+        if leave == "disable_adapter_layers":
+            model.set_adapter("second")  # trains by name, and is still not in the forward pass
+        before = weights(model, "second")
+        with pytest.raises(ValueError, match=advice):
+            ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
+        with pytest.raises(ValueError, match=advice):
+            trainer.train()
+        assert largest_difference(before, weights(model, "second")) == 0
+        getattr(model.base_model, back)()
+        trainer.train()
+        assert all(value.any() for name, value in weights(model, "second").items() if "lora_B" in name)
+
+
 def test_labels_all_ignored_is_an_error_before_the_first_step(tmp_path: Path) -> None:
     model = chain(attribution=QUICK)
     data = TinyTask(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from peft_aso.tuner.checks import (
@@ -114,3 +115,13 @@ def test_weights_that_do_not_fit():
     for changed, complete, message in cases:
         with pytest.raises(ValueError, match=message):
             check_weights(changed, model, "amazon", complete)
+
+
+@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a\\b", "model", "layers"])
+def test_a_task_name_that_no_chain_could_have_is_refused_before_training(name: str):
+    with pytest.raises(ValueError, match="A task cannot be called"):
+        get_peft_model(tiny("llama"), config_for("llama", task_name=name), "sst2")
+    model = get_peft_model(tiny("llama"), config_for("llama", task_name="mood"), "sst2")
+    with pytest.raises(ValueError, match="A task cannot be called"):
+        model.add_adapter("other", config_for("llama", task_name=name))
+    assert list(model.peft_config) == ["sst2"] and model.peft_config["sst2"].task_name == "mood"
