@@ -63,8 +63,8 @@ def check_task_name(name: str, model: nn.Module, adapters: Container[str]) -> No
     """
     if not is_folder_name(name) or (name not in adapters and not is_free(name, name_parts(model))):
         raise ValueError(
-            f"A task cannot be called {name!r}: a chain keeps each task in a folder of its name, and loads it under that "
-            "name. Choose a plain one that is no part of the model's own parameter names."
+            f"A task cannot be called {name!r}: a chain keeps each task in a folder of its name, and loads it under "
+            "that name. Choose a plain one that is no part of the model's own parameter names."
         )
 
 
