@@ -79,14 +79,18 @@ def refuse_merged(model: Any) -> None:
     Raises:
         ChainError: an adapter is merged.
     """
-    if any(layer.merged for layer in model.base_model.lora_layers().values()):
+    if model.base_model.is_merged:
         raise ChainError("Adapters are merged into the base weights. Call model.unmerge_adapter() first.")
 
 
 def note_replaced(model: Any, task: str, name: str) -> None:
     """Remember that these weights were taken out on purpose, so that they may go on disk and on the Hub too."""
-    digest = weights_hash(get_peft_model_state_dict(model, adapter_name=name))
-    model.base_model.replaced.setdefault(task, set()).add(digest)
+    model.base_model.replaced.setdefault(task, set()).add(hash_in(model, name))
+
+
+def hash_in(model: Any, name: str) -> str:
+    """The `weights_hash` of an adapter in the model: what its entry has when it is saved."""
+    return weights_hash(get_peft_model_state_dict(model, adapter_name=name))
 
 
 def was_replaced(model: Any, task: str, entry: Mapping[str, Any]) -> bool:

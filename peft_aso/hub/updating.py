@@ -13,9 +13,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..chain.errors import ChainError, warn_or_raise
 from ..chain.fitting import BaseView, check_fit
-from ..chain.manifest import weights_hash
 from ..chain.reading import AdapterFile
-from ..chain.removing import adapter_for, note_replaced, refuse_merged
+from ..chain.removing import adapter_for, hash_in, note_replaced, refuse_merged
 from ..tuner.history import adapter_of, task_name_of
 from ..tuner.persistence import ATTRIBUTION_KEY, check_attribution
 from .fetching import Access, Source, fetch
@@ -98,7 +97,7 @@ def _check_history(
         holder, entry = adapter_of(old, model.peft_config), manifest.get(old)
         if holder is None or entry is None:
             continue
-        digest = weights_hash(get_peft_model_state_dict(model, adapter_name=holder))
+        digest = hash_in(model, holder)
         if digest != entry["sha256"]:
             warn_or_raise(
                 f"{new.name!r} of {source} was trained on top of {old!r} with the sha256 {entry['sha256']}, and the "

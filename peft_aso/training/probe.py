@@ -65,7 +65,7 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
         while missing and (group := list(islice(answering, min(BATCH, missing)))):
             batch = dict(loader.collate_fn(group))
             answered = _answered(batch)
-            missing -= len(group) - int((~answered).sum())
+            missing -= len(group) - int((~answered).sum())  # a collator may pack several examples in a row
             if answered.any():
                 batches.append(batch if answered.all() else _rows(batch, answered))
         if not batches:
@@ -103,6 +103,8 @@ def _answered(batch: Mapping[str, Any]) -> torch.Tensor:
 
 def _rows(batch: Mapping[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
     """The chosen rows of a batch; what is no tensor with a row for each example stays as it is."""
-    whole = {name: value for name, value in batch.items() if not torch.is_tensor(value) or not value.dim()}
-    parts = {name: value for name, value in batch.items() if name not in whole}
-    return {**whole, **{name: v[chosen] if len(v) == len(chosen) else v for name, v in parts.items()}}
+
+    def has_rows(value: Any) -> bool:
+        return torch.is_tensor(value) and value.dim() > 0 and len(value) == len(chosen)
+
+    return {name: value[chosen] if has_rows(value) else value for name, value in batch.items()}

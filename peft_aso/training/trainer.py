@@ -238,13 +238,12 @@ def check_trainable(tuner: ASOLoraModel) -> None:
 
 def _refuse_merged_or_off(tuner: ASOLoraModel) -> None:
     """Adapters outside of the forward pass get no gradient from the task, and would follow the penalty alone."""
-    layers = list(tuner.lora_layers().values())
-    if any(layer.merged for layer in layers):
+    if tuner.is_merged:
         raise ValueError(
             "The adapters are merged into the base weights, where they do not train. Call model.unmerge_adapter() "
             "first."
         )
-    if any(layer.disable_adapters for layer in layers):
+    if any(layer.disable_adapters for layer in tuner.lora_layers().values()):
         raise ValueError(
             "The adapters are switched off, so that they do not train. Call model.base_model.enable_adapter_layers() "
             "first (or leave the disable_adapter() context)."

@@ -69,6 +69,11 @@ class ActiveTask(LoraModel):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._freeze_history()
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether any adapter is merged into the base weights."""
+        return any(layer.merged for layer in self.lora_layers().values())
+
     def _refuse_unfoldable(self, adapter_names: Sequence[str]) -> None:
         """Refuse `history_form="folded"` where not one of the modules can be folded."""
         for name in adapter_names:

@@ -52,7 +52,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
         )
 
 
-def check_task_name(name: str, model: nn.Module, adapters: Container[str]) -> None:
+def check_new_task(name: str, model: nn.Module, adapters: Container[str]) -> None:
     """Refuse a task's name that a saved chain could not have, before anything is trained under it.
 
     Args:

@@ -20,9 +20,9 @@ from .checks import (
     check_base_unchanged,
     check_chain,
     check_layers,
-    check_task_name,
+    check_new_task,
     check_weights,
-)  # fmt: skip
+)
 from .history import HistoryError, TaskHistory, settle_history
 from .layer import adapters_in, combine_biases, freeze_names, matrices_of, subspace_of
 from .linear import attach_history, with_folding
@@ -117,7 +117,7 @@ class ASOLoraModel(PenalisedTask):
         settle_history(adapter_name, self.peft_config)
         config = self.peft_config[adapter_name]
         if config.peft_aso_version is None and not config.combined:
-            check_task_name(config.task_name, model, self.peft_config)
+            check_new_task(config.task_name, model, self.peft_config)
         if not self._converting:
             check_base_unchanged(adapter_name, self.peft_config)
         for task, history in self._chains_with(adapter_name):
