@@ -155,7 +155,6 @@ def best_device() -> torch.device:
 
 
 @functools.cache
-@functools.cache
 def bf16_is_faster() -> bool:
     """Whether this machine multiplies bfloat16 matrices faster than float32 ones; many CPUs do not. Measured once."""
     best = {}

@@ -29,15 +29,22 @@ COUNT: Fits = (lambda value: value >= 1, "of 1 or more")
 WEIGHT: Fits = (lambda value: value >= 0, "of 0 or more")
 SHARE: Fits = (lambda value: 0 < value <= 1, "above 0, up to 1")
 POSITIVE: Fits = (lambda value: value > 0, "above 0")
+_ALL_WEIGHTS = ("seq_ft", "per_task_ft", "osf")
+_LORA = tuple(name for name in METHODS if name not in _ALL_WEIGHTS)
+_EITHER = ("replay", "ewc", "lwf")
 # for which methods an option does something; those that are not here: for all
 FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("lr", "lr_a", "rank", "alpha", "dropout"), _LORA),
+    "target_modules": (*_LORA, "osf"),
+    "lr_full": (*_ALL_WEIGHTS, *_EITHER),
+    "tested": tuple(name for name in METHODS if not name.startswith("per_task")),
     **dict.fromkeys(("init", "forward_history", "l2_weight"), ("aso_lora", "o_lora", "inc_lora")),
     **dict.fromkeys(("penalty_weight", "diagnose"), ("aso_lora", "o_lora")),
     "fixed_a": ("aso_lora", "inc_lora"),
     **dict.fromkeys(
         ("penalty", "neurons", "stacks", "attribution_model", "aggregation", "absolute", "similarity", "granularity",
          "source", "clip", "refresh", "probe", "steps", "quadrature"), ("aso_lora",)),
-    "scope": ("replay", "ewc", "lwf"),
+    "scope": _EITHER,
     "replay": ("replay",),
     **dict.fromkeys(("ewc_weight", "ewc_examples"), ("ewc",)),
     **dict.fromkeys(("lwf_weight", "lwf_temperature"), ("lwf",)),
@@ -64,7 +71,7 @@ class Settings:
     data: str = _option("../shared/cl_benchmark", "folder of task folders, or `hub` (needs the package datasets)")
     seed: int = _option(0, "of initialisation, order of examples and dropout")
     out: Path = _option(Path("runs/continual_benchmark"), "results go into a folder of their own in here")
-    name: str | None = _option(None, "of that folder; method, order and seed unless given")
+    name: str | None = _option(None, "name of the results folder; method, order and seed unless given")
     references: Path | None = _option(None, "where tasks learned alone are kept, for FWT; OUT/alone unless given")
     no_reference: bool = _option(False, "do without FWT, which needs every task learned alone once")
     threads: int | None = _option(None, "of torch, on the CPU", fits=COUNT)
@@ -96,9 +103,9 @@ class Settings:
     )  # fmt: skip
     precision: str = _option("auto", "of products: bf16 autocast, float32, or what is faster here", "training",
                              choices=("auto", "bf16", "float32"))  # fmt: skip
-    rank: int = _option(8, "r", "adapter", fits=COUNT)
+    rank: int = _option(8, "rank r of the adapters", "adapter", fits=COUNT)
     alpha: int = _option(32, "the adapter is scaled by alpha / r", "adapter", fits=COUNT)
-    dropout: float = _option(0.1, "in front of A", "adapter")
+    dropout: float = _option(0.1, "dropout on the input of A", "adapter")
     target_modules: tuple[str, ...] | None = _option(
         None, "names with commas; q and v projections unless given", "adapter"
     )
@@ -135,7 +142,8 @@ class Settings:
                           choices=("all", "encoder", "decoder"))  # fmt: skip
     attribution_model: str = _option("auto", "what the model of a task is", "ASO-LoRA",
                                      choices=("auto", "cumulative", "task"))  # fmt: skip
-    aggregation: str = _option("per_example", "over the probe", "ASO-LoRA", choices=("per_example", "mean"))
+    aggregation: str = _option("per_example", "compare example by example, or the means over the probe", "ASO-LoRA",
+                               choices=("per_example", "mean"))  # fmt: skip
     absolute: bool = _option(False, "compare absolute scores", "ASO-LoRA")
     similarity: str = _option("spearman", "w (Eq. 13); none: psi = 1", "ASO-LoRA",
                               choices=("spearman", "pearson", "cosine", "none"))  # fmt: skip
@@ -150,9 +158,9 @@ class Settings:
     probe: int = _option(
         8, "examples on which attribution is computed (AttributionConfig: 16)", "ASO-LoRA", fits=COUNT
     )
-    steps: int = _option(20, "m of the integral (Eq. 10)", "ASO-LoRA", fits=COUNT)
+    steps: int = _option(20, "m of the integral (Eq. 11)", "ASO-LoRA", fits=COUNT)
     quadrature: str = _option(
-        "adaptive", "of the integral", "ASO-LoRA", choices=("adaptive", "riemann", "gauss_legendre")
+        "adaptive", "rule of the integral", "ASO-LoRA", choices=("adaptive", "riemann", "gauss_legendre")
     )
 
     scope: str = _option(

@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quadrature-examples", type=int, help="prompts of each task (4)")
     add("--task-examples", type=int, help="training examples of the whole task (500)")
     add("--task-repeats", type=int, help="of the whole task (1)")
-    add("--steps", type=int, help="m of Eq. 10, against Captum and in the whole task (20)")
+    add("--steps", type=int, help="m of Eq. 11, against Captum and in the whole task (20)")
     add("--probe-examples", type=int, help="examples of each task for the size of a probe (64)")
     add("--chain", type=Path, default=Path("runs/demo/chain"), help="of trained adapters, for quadrature and probe")
     add("--data", type=Path, default=EXAMPLES / "data", help="the tasks of that chain")

@@ -3,7 +3,7 @@
 For each layer apart, the neurons at the answer's positions are scaled together from zero to their values, the
 other layers following the forward pass, and the gradient of P(y* given x) is summed over the steps:
 
-    Attr(n_i) = n_i * sum_k weight_k * dP/dn_i (factor_k * n),    Eq. 10: factor_k = k/m, weight_k = 1/m
+    Attr(n_i) = n_i * sum_k weight_k * dP/dn_i (factor_k * n),    Eq. 11: factor_k = k/m, weight_k = 1/m
 
 Two ways give the same numbers. The plain way runs the whole model for every layer and step. The fast way
 computes the prompt once, runs only the answer, and hands on what lies below the layer (window.py, replay.py);
@@ -66,7 +66,7 @@ def integrated_gradients(
         model: a transformers model, or a wrapper of one (PEFT, torch.compile, DistributedDataParallel). What
             its adapters are set to is what is attributed.
         batch: a collated batch with `labels`, -100 where there is no answer (see answer.py).
-        steps: m of Eq. 10.
+        steps: m of Eq. 11; with "adaptive" 1/m is the tolerance.
         quadrature: "riemann" (the paper's right sum), "gauss_legendre", or "adaptive": for each layer and example as
             few nodes as it takes for the change of P to come out right to a part 1/m (see adaptive.py).
         neurons: None to find down projections by structure, a regular expression for whole module names, or a

@@ -1,4 +1,4 @@
-"""Where on the path from zero to the neurons' values gradients are taken, and with what weights (Eq. 10)."""
+"""Where on the path from zero to the neurons' values gradients are taken, and with what weights (Eq. 10, 11)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Trust, but check: the fast way is compared with the plain one once a model, on a small piece of real work.
 
 The fast way rests on what a transformer usually is: causal, with a cache, blocks in a row. A model that is
-something else gives another result, not an error. So before the first use, one example, three layers and two
+something else gives another result, not an error. So before the first use, one or two examples, three layers and two
 steps are computed both ways.
 """
 

@@ -127,6 +127,7 @@ def load_history(
             f"{adapter.name!r} was trained on top of {', '.join(map(repr, lacking))}, which the model does "
             "not hold. Load those first, or the whole chain with load_chain."
         )
+    _warn_of_other_bases([adapter], inner)
     weights = check_fit(adapter, adapter.weights(), BaseView.of(inner))
     adapter = replace(adapter, config=_as_chain_config(adapter))
     mode = inner.training

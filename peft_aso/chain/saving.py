@@ -22,6 +22,7 @@ from .order import in_order
 from .reading import check_task_name, read_adapter
 from .removing import adapter_named, was_replaced
 
+CARD_NAME = "README.md"
 PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
 
 
@@ -29,9 +30,10 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
     """Save tasks with their history, one subfolder a task, and `chain.json` (their order, fingerprints).
 
     All is written beside `folder` first and takes its place in one step, so that an error or a killed process
-    leaves what was there. Other files and folders in it are kept, but for those of tasks that `remove_task` took
-    out of this model. The chain is then what was saved now, and those tasks of the chain that lay there which were
-    trained on top of it, with these weights; other adapters stay on the disk, and `load_chain` leaves them out.
+    leaves what was there. Other files and folders in it are kept, a README.md too, but for the folders of tasks that
+    `remove_task` took out of this model. The chain is then what was saved now, and those tasks of the chain that lay
+    there which were trained on top of it, with these weights; other adapters stay on the disk, and `load_chain` leaves
+    them out.
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
@@ -70,6 +72,8 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
         names = [adapter.config.base_model_name_or_path for adapter in written]
         exports = [export for export in earlier.exports if (path / export).is_dir() and export not in adapters]
         write_manifest(stage, ordered, next(filter(None, names), None), exports, left_out)
+        if (path / CARD_NAME).exists():  # somebody may have written in it
+            (stage / CARD_NAME).unlink(missing_ok=True)
     return path
 
 
@@ -129,5 +133,5 @@ def _write_adapter(model: Any, adapter: str, stage: Path, task: str) -> None:
     written = scratch if adapter == PEFT_DEFAULT else scratch / adapter
     written.rename(stage / task)
     if scratch.exists():
-        (scratch / "README.md").rename(stage / "README.md")
+        (scratch / CARD_NAME).rename(stage / CARD_NAME)
         scratch.rmdir()

@@ -11,6 +11,7 @@ from typing import Any
 from ..chain import ChainError
 from . import reading, writing
 
+_TASKS = "tasks to add up, with commas, each without its history (default: the newest one and its history)"
 # what a command returns: what it says as text, the same as JSON, and whether all is well
 Result = tuple[str, Any, bool]
 
@@ -24,7 +25,7 @@ examples:
   peft-aso push runs/demo/chain you/chain --private
   peft-aso report runs/demo/chain --out report
 
-exit status: 0 all is well, 1 something is wrong with the chain, 2 wrong arguments
+exit status: 0 all is well, 1 something is wrong (the message says what), 2 wrong arguments
 """
 
 
@@ -50,35 +51,39 @@ def parser() -> argparse.ArgumentParser:
         found.add_argument("--base", help=help_)
 
     def tasks(found: argparse.ArgumentParser) -> None:
-        found.add_argument("--tasks", type=_names, help="only these, with commas between them, each alone")
+        found.add_argument("--tasks", type=_names, help=_TASKS)
 
     own = "base model, a folder or Hub id (default: the one that the chain names)"
     command("inspect", reading.inspect, "show tasks, ranks, sizes, similarities and hashes")
-    found = command("verify", reading.verify, "check hashes, finite values, shapes and that the history is complete")
+    found = command(
+        "verify",
+        reading.verify,
+        "check hashes, finite values and that the history is complete; with --base, shapes too",
+    )
     base(found, "base model, to check the shapes against; only its config is read")
     found = command("merge", writing.merge, "write base model and tasks as one plain model folder")
     base(found, own)
     tasks(found)
     found.add_argument("--out", required=True, help="folder to write")
-    found.add_argument("--dtype", choices=sorted(writing.DTYPES), help="of the weights (default: the base's)")
+    found.add_argument("--dtype", choices=sorted(writing.DTYPES), help="type of what is written (default: the base's)")
     found = command("export", writing.export, "write the sum of tasks as one stock LoRA adapter")
     base(found, own)
     tasks(found)
     found.add_argument("--out", required=True, help="folder to write")
-    found.add_argument("--max-rank", type=int, help="truncate to this rank; the error is said")
+    found.add_argument("--max-rank", type=int, help="cut to this rank by SVD; the error is logged")
     found = command("push", writing.push, "push a chain to the Hub")
     base(found, own)
     found.add_argument("repo", help="repository to push to (user/chain)")
-    found.add_argument("--per-task", action="store_true", help="a repository a task")
-    found.add_argument("--no-merged", action="store_true", help="leave the sum of all out")
-    found.add_argument("--private", action="store_true", help="make a private repository")
+    found.add_argument("--per-task", action="store_true", help="one repository for each task, REPO-TASK")
+    found.add_argument("--no-merged", action="store_true", help="leave out merged/, the sum as one adapter")
+    found.add_argument("--private", action="store_true", help="where the repository is made: private")
     found = command("report", reading.report, "write a Markdown page with the picture of the similarities")
     found.add_argument("--out", required=True, help="folder to write")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if something is wrong with the chain, 2 for wrong arguments."""
+    """Run a command; 0 if all is well, 1 if something is wrong, 2 for wrong arguments."""
     options = parser().parse_args(arguments)
     try:
         text, values, well = options.run(options)

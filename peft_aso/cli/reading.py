@@ -13,7 +13,7 @@ from ..chain.manifest import weights_hash
 from ..chain.order import in_order
 from ..chain.reading import AdapterFile
 from ..hub.card import PICTURE, markdown, mean_of, most_like
-from ..hub.fetching import Access, Fetched, fetch
+from ..hub.fetching import Access, Fetched, fetch, is_on_hub
 from ..hub.pushing import draw
 from ..tuner.persistence import ATTRIBUTION_KEY
 from .bases import without_weights
@@ -23,7 +23,13 @@ _LEFT_OUT = "in the folder, and no part of the chain that was saved there last: 
 
 
 def found_in(options: argparse.Namespace, damaged: dict[str, str] | None = None) -> Fetched:
-    """The chain that the arguments name, on the disk now; `damaged` as in `fetch`."""
+    """The chain that the arguments name, on the disk now; `damaged` as in `fetch`.
+
+    Raises:
+        ValueError: a revision of a folder.
+    """
+    if options.revision is not None and not is_on_hub(options.source):
+        raise ValueError(f"--revision is for a repository on the Hub, and {options.source} is a folder or no such id.")
     return fetch(options.source, Access(revision=options.revision), None, strict=True, damaged=damaged)
 
 

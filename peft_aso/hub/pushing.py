@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..chain.errors import ChainError
@@ -58,9 +59,10 @@ def push_chain(
         Repository to the commit that holds the chain now.
 
     Raises:
-        ChainError: before anything is pushed: what `save_chain` and `export_lora` refuse; no right to write; the
+        ChainError: before anything is pushed: what `save_chain` and `export_lora` refuse; no right to write; a
             repository holds a task that the model has not, or has with other weights. And when somebody else
-            pushed in between. In each case the repository is as it was.
+            pushed in between, or the connection broke: that repository is as it was (empty, where it was made), and
+            with `per_task` those of earlier tasks are pushed and will not be again.
     """
     with tempfile.TemporaryDirectory(prefix="peft-aso-push-") as scratch:
         folder = save_chain(model, Path(scratch, "chain"), tasks)
@@ -76,29 +78,50 @@ def push_chain(
                 raise ChainError(f"{error} Or push without the sum of all: merged=False.") from error
             write_manifest(folder, list(manifest.values()), base, [EXPORT])
         message = commit_message or f"Chain of {len(manifest)} tasks, up to {list(manifest)[-1]}"
-        return {repo_id: hub.push(repo_id, folder, manifest, base, message, accuracy, EXPORT if merged else None)}
+        place = hub.look(repo_id, manifest)
+        commit = hub.push(place, folder, manifest, base, message, accuracy, EXPORT if merged else None)
+        return {repo_id: commit}
 
 
 def _push_each(
     hub: _Hub, model: Any, repo_id: str, folder: Path, manifest: dict[str, dict[str, Any]], base: str | None,
     accuracy: Mapping[str, float] | None, message: str | None,
 ) -> dict[str, str]:  # fmt: skip
-    """One repository a task, oldest first, so that each can pin the commits of its history."""
+    """One repository a task, oldest first, so that each pins the commits of its history; all are looked at before."""
     origins = {config.task_name: config.origin for config in model.peft_config.values()}
     pins: dict[str, dict[str, Any]] = {}
-    commits = {}
+    places = {}
     for task, entry in manifest.items():
         origin = origins.get(task)
         if origin is not None and origin["sha256"] == entry["sha256"]:
             pins[task] = {**entry, **{name: origin[name] for name in ("repo_id", "revision", "folder")}}
-            continue
-        repo, place = f"{repo_id}-{task}", folder / entry["folder"]
+        else:
+            kept = {old: manifest[old] for old in manifest if old in (*entry["history"], task)}
+            places[task] = hub.look(f"{repo_id}-{task}", kept)
+    commits = {}
+    for task, place in places.items():
+        entry, source = manifest[task], folder / manifest[task]["folder"]
         entries = [*(pins[old] for old in manifest if old in entry["history"]), {**entry, "folder": ROOT}]
-        write_manifest(place, entries, base)
+        write_manifest(source, entries, base)
         own = {each["task"]: each for each in entries}
-        commits[repo] = hub.push(repo, place, own, base, message or f"Task {task}", accuracy, None)
-        pins[task] = {**entry, "repo_id": repo, "revision": commits[repo], "folder": ROOT}
+        commit = hub.push(place, source, own, base, message or f"Task {task}", accuracy, None)
+        commits[place.repo] = commit
+        pins[task] = {**entry, "repo_id": place.repo, "revision": commit, "folder": ROOT}
     return commits
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A repository as it was looked at.
+
+    Attributes:
+        head: its newest commit; None where there is no such repository.
+        gone: folders in it of tasks that were taken out on purpose.
+    """
+
+    repo: str
+    head: str | None
+    gone: Sequence[str] = ()
 
 
 class _Hub:
@@ -109,25 +132,35 @@ class _Hub:
         self.api = HfApi(token=token, library_name="peft-aso")
         self.token, self.private = token, private
 
+    def look(self, repo: str, manifest: Mapping[str, Mapping[str, Any]]) -> _Place:
+        """Read what is there and see that nothing goes but what was taken out on purpose; nothing is written."""
+        try:
+            with _writing(repo):
+                head = str(self.api.model_info(repo).sha)
+        except ChainError as error:
+            if _is_missing(error):
+                return _Place(repo, None)
+            raise
+        return _Place(repo, head, self._refuse_others(repo, head, manifest))
+
     def push(
-        self, repo: str, folder: Path, manifest: Mapping[str, Mapping[str, Any]], base: str | None, message: str,
+        self, place: _Place, folder: Path, manifest: Mapping[str, Mapping[str, Any]], base: str | None, message: str,
         accuracy: Mapping[str, float] | None, export: str | None,
     ) -> str:  # fmt: skip
         """Commit a folder as it stands, with a card; the new revision (the old one where nothing changed)."""
+        repo, head = place.repo, place.head
         entries = list(manifest.values())
         picture = draw(entries, folder / PICTURE)
         card = model_card(repo, entries, base, export=export, accuracy=accuracy, picture=picture)
         check(card)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        deletions = [CommitOperationDelete(f"{each}/", is_folder=True) for each in place.gone]
         with _writing(repo):
             self.api.create_repo(repo, private=self.private, exist_ok=True)
-            head = self.api.model_info(repo).sha
-        gone = self._refuse_others(repo, str(head), manifest)
-        deletions = [CommitOperationDelete(f"{place}/", is_folder=True) for place in gone]
-        with _writing(repo):
             commit = self.api.create_commit(
-                repo, [*deletions, *_additions(folder)], commit_message=message, parent_commit=head
-            )
+                repo, [*deletions, *_additions(folder)], commit_message=message,
+                parent_commit=head or self.api.model_info(repo).sha,
+            )  # fmt: skip
         return str(commit.oid)
 
     def _refuse_others(self, repo: str, head: str, manifest: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -178,6 +211,14 @@ def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
+def _is_missing(error: ChainError) -> bool:
+    """Whether the Hub knows no such repository, or none that may be read."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RepositoryNotFoundError):
+        cause = cause.__cause__
+    return cause is not None and not isinstance(cause, GatedRepoError)
+
+
 @contextmanager
 def _writing(repo: str) -> Iterator[None]:
     """The client's errors while it writes, as ones that say what to do."""
@@ -189,8 +230,8 @@ def _writing(repo: str) -> Iterator[None]:
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if status == _CONFLICT:
             raise ChainError(
-                f"Somebody pushed to {repo} in between. Nothing of yours was written: look at what is there now, "
-                "and push again."
+                f"Somebody pushed to {repo} in between. Nothing of yours was written to it: look at what is there "
+                "now, and push again."
             ) from cause
         if status in (401, 403):
             raise ChainError(

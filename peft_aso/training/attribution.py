@@ -39,7 +39,8 @@ def compute_attribution(
     Args:
         model: any transformers model, or a PEFT model.
         batch: a collated batch with `labels` (-100 = not the answer), of any padding; moved to the model's device.
-        adapter: the task whose model is looked at: base + its history + its adapter. `None`: as it stands.
+        adapter: the name of the adapter whose task's model is looked at: base + its history + the adapter. `None`: as
+            it stands.
         alone: base + that adapter only (Eq. 2). Needs `adapter`.
         steps, quadrature, neurons, stacks, max_rows, method, max_answer_tokens, progress: see
             `peft_aso.attribution.integrated_gradients`.
@@ -49,7 +50,11 @@ def compute_attribution(
         `.layout` a list of `(module_name, start, stop)`.
 
     Raises:
-        ValueError: no such adapter, a model without FFN neurons, a batch without answer tokens.
+        ValueError: no such adapter, `alone` without one, merged adapters; a model without FFN neurons; a batch that is
+            refused: no answer tokens, a longer answer than `max_answer_tokens`, labels on the prompt, several examples
+            packed into a row.
+        FastWayUnsupported: with `method="fast"`, where the model or the batch does not allow it.
+        MissingHistoryError: a task of the adapter's history is not loaded.
     """
     with looking_at(model, adapter, alone):
         return integrated_gradients(

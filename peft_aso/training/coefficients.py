@@ -56,8 +56,8 @@ class Coefficients:
     """What one update found.
 
     Attributes:
-        similarities: earlier task -> w (Eq. 13); one number, or a list with one a layer.
-        soft_coefficients: earlier task -> psi (Eq. 6), likewise.
+        similarities: adapter of an earlier task -> w (Eq. 13); one number, or a list with one a layer.
+        soft_coefficients: adapter of an earlier task -> psi (Eq. 6), likewise.
         vector: the current task's attribution vector on the probe (`None` when it was not computed).
     """
 
@@ -84,7 +84,9 @@ def update_coefficients(
         `Coefficients`, by adapter name of the history. Empty for a first task.
 
     Raises:
-        ValueError: no ASO-LoRA adapter, more than one active, an empty probe, a stored vector of another layout.
+        ValueError: no ASO-LoRA adapter, more than one active, merged adapters, an empty probe, a batch that
+            attribution cannot read (as `compute_attribution`); with `source="stored"` an earlier task without a stored
+            vector, or with one of another number of neurons.
         MissingHistoryError: a task of the history is not loaded.
     """
     tuner = require_tuner(model)

@@ -56,7 +56,8 @@ def initialize_from_inputs(
 
     Raises:
         ValueError: no ASO-LoRA adapter, more than one active, a trained one, no batches, layers that are not linear,
-            weights sharded by FSDP2, or a history that spans all of a layer's inputs.
+            weights sharded by FSDP2, a `project` that is not from 0 to 1 or lacks an earlier adapter, or a history
+            that spans all of a layer's inputs.
         MissingHistoryError: a task of the history is not loaded.
     """
     tuner = require_tuner(model)
@@ -71,7 +72,8 @@ def initialize_from_inputs(
     batches = list(batches)
     if not batches:
         raise ValueError("No batches: give some of the task's training data, 64 examples or so.")
-    spans = {name: _spans(layer, tuner, project) for name, layer in layers.items()}
+    parts = _parts(tuner, project)
+    spans = {name: _spans(layer, parts) for name, layer in layers.items()}
     groups = list(_groups(layers))
     bar = tqdm(total=len(groups) * len(batches), desc="inputs", unit="batch", leave=False, disable=not progress)
     with undisturbed(unwrap(model)), torch.no_grad(), bar:
@@ -103,10 +105,22 @@ def _layers(tuner: ASOLoraModel, task: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def _spans(layer: LoraLayer, tuner: ASOLoraModel, project: float | Mapping[str, float]) -> Spans:
+def _parts(tuner: ASOLoraModel, project: float | Mapping[str, float]) -> dict[str, float]:
+    """How much of each earlier adapter's span is taken out."""
+    each = project if isinstance(project, Mapping) else dict.fromkeys(tuner.history, project)
+    lacking = [name for name in tuner.history if name not in each]
+    if lacking:
+        raise ValueError(f"project= says nothing of {', '.join(map(repr, lacking))}: give a number for each of them.")
+    parts = {name: float(each[name]) for name in tuner.history}
+    wrong = {name: value for name, value in parts.items() if not 0 <= value <= 1}
+    if wrong:
+        raise ValueError(f"project={wrong}: give numbers from 0 (the history is let in) to 1 (kept out).")
+    return parts
+
+
+def _spans(layer: LoraLayer, parts: Mapping[str, float]) -> Spans:
     """What is taken out of a layer's inputs: a part of some spans one by one, then the others altogether."""
-    parts = {name: project[name] if isinstance(project, Mapping) else project for name in tuner.history}
-    here = [name for name in adapters_in(layer, tuner.history) if parts[name] != 0]
+    here = [name for name in adapters_in(layer, tuple(parts)) if parts[name] != 0]
     wholly = [subspace_of(layer, name) for name in here if parts[name] == 1]
     found = [(span([subspace_of(layer, name)]), parts[name]) for name in here if parts[name] != 1]
     return [*found, (span(wholly), 1.0)] if wholly else found

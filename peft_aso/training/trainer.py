@@ -26,15 +26,19 @@ class ASOTrainerMixin(TrainedOnlyMixin):
     Put it before the Trainer in the bases: `class MyTrainer(ASOTrainerMixin, SomeTrainer)`. The model is a PEFT
     model whose active adapter is the task to train; its settings are those of the adapter's `ASOLoraConfig`.
 
-    Logged beside the Trainer's own values: `task_loss`, `orthogonality_penalty` (Eq. 7 without lambda), and for each
-    earlier task `psi/<task>` and `similarity/<task>`.
+    The data are what any Trainer takes. For attribution `labels` have to say what the answer is: -100 on the prompt,
+    at most `AttributionConfig.max_answer_tokens` others a row (a class or a span, for models with such a head).
 
-    Raises (on construction, before any work):
-        ValueError: no ASO-LoRA adapter, the active task is the history of another and therefore frozen, or the
-            adapters are merged or switched off.
-        MissingHistoryError: a task of the history is not loaded.
-        HistoryError: an earlier task shares no module with the current one.
-        ValueError: DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine).
+    Logged beside the Trainer's own values: `task_loss`, `orthogonality_penalty` (in the config's form, without
+    lambda), and for each earlier task `psi/<task>` and `similarity/<task>`.
+
+    Raises:
+        ValueError: on construction: no ASO-LoRA adapter, the active task is the history of another and therefore
+            frozen, the adapters are merged or switched off, or DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine). From
+            `train`, before the first step: attribution cannot read the training data, and psi or `source="stored"`
+            needs it (a warning where neither does).
+        MissingHistoryError: on construction: a task of the history is not loaded.
+        HistoryError: on construction: an earlier task shares no module with the current one.
     """
 
     _resuming: bool | None = None  # None until `train` is called

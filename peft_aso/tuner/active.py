@@ -154,13 +154,20 @@ class ActiveTask(LoraModel):
         """Inside the context the model is base + this adapter alone (Eq. 2).
 
         What was active and what trains is as before afterwards; `requires_grad` is not touched at all.
+
+        Raises:
+            ValueError: no such adapter (the adapter's name, not the task's, where they differ), or merged adapters.
         """
         with self._temporarily(adapter_name, alone=True):
             yield
 
     @contextmanager
     def through(self, adapter_name: str) -> Iterator[None]:
-        """Inside the context the model is as it stood when this task ended: base, history and adapter."""
+        """Inside the context the model is as it stood when this task ended: base, history and adapter.
+
+        Raises:
+            ValueError: as `only`.
+        """
         with self._temporarily(adapter_name, alone=False):
             yield
 

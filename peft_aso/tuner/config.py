@@ -55,7 +55,7 @@ class AttributionConfig:
         stacks (`str`):
             Of an encoder-decoder: `"all"`, `"encoder"` or `"decoder"` neurons.
         max_rows (`int`, *optional*):
-            Most rows (examples x steps) that run through the model at once. `None` chooses.
+            Most rows (examples x steps x layers) that run through the model at once. `None` chooses.
         max_answer_tokens (`int`):
             A longer answer is refused: most often it is a prompt whose labels were not set to -100.
         attribution_model (`str`):
@@ -82,6 +82,9 @@ class AttributionConfig:
         probe_size (`int`):
             How many training examples the vectors are computed on. With 16 the standard error of w is 0.02 to
             0.04 (docs/performance.md); it halves with four times as many.
+
+    Raises:
+        ValueError: a value that is none of these.
     """
 
     steps: int = 20
@@ -183,7 +186,7 @@ class ASOLoraConfig(LoraConfig):
         attribution_layout (`list`, *optional*):
             `[module, start, stop]` of each layer in the stored attribution vector. Written when saving.
         soft_coefficients, similarities (`dict`, *optional*):
-            The psi and w that the training of this task ended with. Written by the training.
+            psi and w of each earlier task, as of the last refresh. Written by the training.
         combined (`bool`):
             Set on adapters made by `add_weighted_adapter`: they are no task and never become history by
             themselves.
@@ -192,6 +195,10 @@ class ASOLoraConfig(LoraConfig):
             its weights then. Written by `load_chain`.
         peft_aso_version (`str`, *optional*):
             Version of this package that saved the config. Written when saving.
+
+    Raises:
+        ValueError: a value that is none of these, or settings that do not go together; what `LoraConfig` refuses.
+        TypeError: a task name, history or attribution of another type.
     """
 
     task_name: str | None = None

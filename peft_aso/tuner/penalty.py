@@ -119,8 +119,8 @@ class PenalisedTask(ActiveTask):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def orthogonality_penalty(self) -> torch.Tensor:
-        """Eq. 7 without lambda for the current task: a float32 scalar with gradients to its A; 0 without
-        history.
+        """Eq. 7 for the current task (with `penalty="l1"` O-LoRA's sum of absolute values), without lambda, which is
+        `peft_config[task].resolved_penalty_weight`: a float32 scalar with gradients to its A; 0 without history.
 
         Raises:
             MissingHistoryError: a task of the history is not loaded.

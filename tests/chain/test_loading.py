@@ -334,6 +334,10 @@ def test_other_base_model_by_name(folder: Path) -> None:
     base.name_or_path = "somebody/other-model"
     with pytest.warns(UserWarning, match="trained on 'somebody/model'.*'somebody/other-model'"):
         load_chain(base, folder)
+    base = tiny("llama")
+    base.name_or_path = "somebody/other-model"
+    with pytest.warns(UserWarning, match="trained on 'somebody/model'.*'somebody/other-model'"):
+        load_history(base, folder / "first")
 
 
 def test_base_weights_in_the_file(tmp_path: Path) -> None:

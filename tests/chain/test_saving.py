@@ -99,12 +99,15 @@ def test_saving_again_keeps_other_files(tmp_path: Path) -> None:
     model = make_chain()
     save_chain(model, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    assert "peft" in (tmp_path / "README.md").read_text()  # PEFT's card, for somebody to write in
+    (tmp_path / "README.md").write_text("# Mine")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".third." in name:
                 parameter.add_(1.0)
     save_chain(model, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == "# Mine"
     assert torch.equal(logits(load_chain(tiny("llama"), tmp_path)), logits(model))
 
 

@@ -193,6 +193,7 @@ def test_what_goes_wrong_is_said_and_has_a_status(
         ("inspect", tmp_path / "none"),
         ("merge", chain, "--out", tmp_path / "out"),
         ("export", chain, "--out", tmp_path / "out", "--base", tmp_path / "no-model"),
+        ("inspect", chain, "--revision", "main"),
     ):
         code, text = said(capsys, *arguments)
         assert code == 1 and "error: " in text

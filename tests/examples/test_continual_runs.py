@@ -68,6 +68,9 @@ def test_the_command_line_is_the_settings(benchmark: Any) -> None:
     ("line", "words"),
     [
         ("--method seq_lora --scope full", "--scope does nothing with --method seq_lora: it is for replay, ewc, lwf"),
+        ("--method seq_ft --rank 4", "--rank does nothing with --method seq_ft"),
+        ("--method osf --lr 0.1", "--lr does nothing with --method osf"),
+        ("--method inc_lora --lr-full 0.1", "--lr-full does nothing with --method inc_lora"),
         ("--method inc_lora --penalty-weight 5", "--penalty-weight does nothing with --method inc_lora"),
         ("--method o_lora --penalty squared --similarity none", "--similarity does nothing with --method o_lora"),
         ("--method o_lora --fixed-a", "--fixed-a does nothing"),

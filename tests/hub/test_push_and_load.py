@@ -215,6 +215,15 @@ def test_a_second_writer_is_a_conflict(hub: Hub) -> None:
     assert set(hub.files("user/chain")) >= {"note.txt", "mine/adapter_config.json"}
 
 
+def test_a_repository_a_task_is_refused_before_any_of_them_is_written(hub: Hub) -> None:
+    push_chain(make_chain(seed=7), "user/own", per_task=True, tasks=["first", "second"])
+    del hub.repos["user/own-first"]
+    before = {name: repo.head.oid for name, repo in hub.repos.items()}
+    with pytest.raises(ChainError, match="user/own-second has other weights for .*Nothing was pushed"):
+        push_chain(make_chain(seed=8), "user/own", per_task=True)
+    assert {name: repo.head.oid for name, repo in hub.repos.items()} == before
+
+
 def test_names_with_signs_that_patterns_have(hub: Hub) -> None:
     model = make_chain(tasks={"a[1]": {}, "b*": {}, "c?": {}})
     push_chain(model, "user/chain")

@@ -152,6 +152,9 @@ def test_what_cannot_start_from_its_inputs_is_refused() -> None:
         initialize_from_inputs(sharded, [batch])
     with pytest.raises(ValueError, match="no ASO-LoRA adapter"):
         initialize_from_inputs(tiny("llama"), [batch])
+    for project, words in ((1.5, "from 0"), ({"first": -0.1}, "from 0"), ({}, "says nothing of 'first'")):
+        with pytest.raises(ValueError, match=words):
+            initialize_from_inputs(chain(), [batch], project=project)
 
 
 def test_the_model_is_left_as_it_was() -> None:

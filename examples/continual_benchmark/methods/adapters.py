@@ -91,7 +91,8 @@ class ASOLoRA(Method):
         batches, project = self.few_batches(task), dict.fromkeys(self.model.base_model.history, 0.0)
         if self.settings.init == "inputs_soft" and project:
             project = update_coefficients(self.model, batches[:1]).soft_coefficients
-            project = {name: statistics.mean(psi) if isinstance(psi, list) else psi for name, psi in project.items()}
+            means = {name: statistics.mean(psi) if isinstance(psi, list) else psi for name, psi in project.items()}
+            project = {name: min(max(psi, 0.0), 1.0) for name, psi in means.items()}  # where w is below 0, all of it
         initialize_from_inputs(self.model, batches, project=project)
 
     def few_batches(self, task: Task) -> list[dict[str, Any]]:
