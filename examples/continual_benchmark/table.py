@@ -5,7 +5,7 @@ python examples/continual_benchmark/table.py runs/continual_benchmark --shape ta
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape errors     # what wrong answers are
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape pairs      # w beside what was forgotten
 python examples/continual_benchmark/table.py runs/continual_benchmark --shape penalties  # soft, hard and no penalty
-python examples/continual_benchmark/table.py runs/continual_benchmark --shape preferences  # how much of FM is one
+python examples/continual_benchmark/table.py runs/continual_benchmark --shape preferences  # FM: a preference?
 python examples/continual_benchmark/table.py runs/continual_benchmark --against inc_lora # paired differences
 """
 
