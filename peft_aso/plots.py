@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Similarities = Sequence[Sequence[float | None]] | Mapping[str, Mapping[str, float]]
+Pair = float | Sequence[float] | None  # one number, or one a layer
+Similarities = Sequence[Sequence[Pair]] | Mapping[str, Mapping[str, Pair]]
 
 CELL = 0.62  # inches a cell takes in a figure of our own
 LABEL_WIDTH = 18  # characters a line of a task's name may have
@@ -64,7 +65,7 @@ def plot_similarity(similarities: Similarities, tasks: Sequence[str], ax: Axes |
         similarities: `(tasks, tasks)` values in [-1, 1], row the current task, column the history's, of
             which only those below the diagonal are read; or a mapping from a task's name to the
             similarities with its history by name, `{"amazon": {"dbpedia": 0.57}}`. What is `None`, NaN or
-            left out is blank.
+            left out is blank; of a list with one value a layer the mean is drawn.
         tasks: the tasks' names in the order learned.
         ax: the axes to draw on; a new figure of its own if left out (`ax.figure` has it).
 
@@ -178,7 +179,7 @@ def _read_similarities(similarities: Similarities, tasks: Sequence[str]) -> list
     """A checked `(tasks, tasks)` copy, NaN where there is no value."""
     _check_tasks(tasks, len(tasks), "The similarities")
     table = _by_position(similarities, tasks) if isinstance(similarities, Mapping) else similarities
-    rows = [[math.nan if value is None else float(value) for value in row] for row in table]
+    rows = [[_one(value) for value in row] for row in table]
     count = len(tasks)
     if len(rows) != count or any(len(row) != count for row in rows):
         shape = f"{len(rows)} rows of {sorted({len(row) for row in rows})} entries"
@@ -196,10 +197,17 @@ def _read_similarities(similarities: Similarities, tasks: Sequence[str]) -> list
     return rows
 
 
-def _by_position(similarities: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> list[list[float | None]]:
+def _one(value: Pair) -> float:
+    """One number for a pair: the mean of one a layer, NaN where there is none."""
+    if isinstance(value, Sequence):
+        return math.fsum(value) / len(value) if value else math.nan
+    return math.nan if value is None else float(value)
+
+
+def _by_position(similarities: Mapping[str, Mapping[str, Pair]], tasks: Sequence[str]) -> list[list[Pair]]:
     """The mapping as a square; names are looked up in `tasks`."""
     place = {task: index for index, task in enumerate(tasks)}
-    square: list[list[float | None]] = [[None] * len(tasks) for _ in tasks]
+    square: list[list[Pair]] = [[None] * len(tasks) for _ in tasks]
     for current, history in similarities.items():
         for old, value in history.items():
             for name in (current, old):

@@ -60,7 +60,10 @@ def test_a_run_in_progress_has_a_row_per_finished_stage() -> None:
     assert len(ax.texts) == 3
 
 
-@pytest.mark.parametrize("similarities", [SQUARE, NAMED, np.array(SQUARE, dtype=np.float32)])
+BY_LAYER = {task: {old: [value - 0.1, value + 0.1] for old, value in row.items()} for task, row in NAMED.items()}
+
+
+@pytest.mark.parametrize("similarities", [SQUARE, NAMED, np.array(SQUARE, dtype=np.float32), BY_LAYER])
 def test_similarity_shows_current_tasks_against_their_history(similarities: object) -> None:
     ax = plot_similarity(similarities, TASKS)
     assert cells(ax) == {(0, 0): "0.57", (1, 0): "\N{MINUS SIGN}0.40"}

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Embedding, LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from ..tuner import ASOLoraModel
 from ..tuner.checks import chain_obstacles
@@ -35,6 +36,7 @@ from .targets import exact_targets
 logger = logging.getLogger(__name__)
 
 README_NAME = "README.md"
+_TITLE = "# One LoRA adapter for several tasks"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 VLLM_LARGEST_RANK = VLLM_RANKS[-1]
 
@@ -62,7 +64,8 @@ def export_lora(
         tasks: which adapters to add up, each alone, without its history. None: the active task and its
             history.
         max_rank: largest rank. Modules of a higher one get the best approximation of this rank (truncated
-            SVD); the relative error is logged and written into the README.md of the export.
+            SVD); the relative error is logged and written into the README.md of the export (a README.md of
+            somebody else's stays as it is).
         dtype: of the exported weights. None: the one that the adapters have (in half precision, folding the
             scales in may round; the error in the README.md counts that too).
 
@@ -71,7 +74,7 @@ def export_lora(
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no
-            sum (DoRA and others), a layer type that stock PEFT cannot load, a folder that holds a chain.
+            sum (DoRA and others), a layer type that stock PEFT cannot load, a folder that holds a chain or a model.
         MissingHistoryError: the history of the active task is not loaded.
     """
     tuner = tuner_of(model)
@@ -99,12 +102,18 @@ def export_lora(
     with replaced_folder(folder) as stage:
         save_file(weights, str(stage / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         (stage / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        (stage / README_NAME).write_text(_readme(tuner, names, config, error), encoding="utf-8")
+        if _is_own(Path(folder) / README_NAME):
+            (stage / README_NAME).write_text(_readme(tuner, names, config, error), encoding="utf-8")
     return Path(folder)
 
 
 def _check_folder(folder: Path) -> None:
-    """A folder that a chain is read from must not get an adapter of its own."""
+    """A folder that a chain or a model is read from must not get an adapter of its own."""
+    if (folder / MODEL_CONFIG_NAME).exists():
+        raise ChainError(
+            f"{folder} holds a model ({MODEL_CONFIG_NAME}), which would be loaded with the export on top "
+            "afterwards. Give another folder."
+        )
     holds_chain = (folder / MANIFEST_NAME).exists()
     if (folder / CONFIG_NAME).is_file():
         kind = read_json_config(folder / CONFIG_NAME).get("peft_type")
@@ -114,6 +123,11 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds a chain of tasks or another adapter, which the export would be mixed up with. "
             "Give another folder."
         )
+
+
+def _is_own(readme: Path) -> bool:
+    """Whether the README.md of an export may be written here: none lies there, or that of an earlier export."""
+    return not readme.exists() or _TITLE in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def selected_adapters(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[str]:
@@ -313,7 +327,7 @@ def _readme(tuner: ASOLoraModel, names: Sequence[str], config: Mapping[str, Any]
     worst = max((name for name in error if name), key=lambda name: error[name])
     largest = next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
     lines = [
-        "# One LoRA adapter for several tasks",
+        _TITLE,
         "",
         f"The sum of the adapters of these tasks, in the order in which they were learned: {tasks}.",
         "",

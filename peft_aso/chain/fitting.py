@@ -6,7 +6,7 @@ Names, shapes and completeness of the tensors in the file are compared with the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -103,7 +103,9 @@ def check_fit(adapter: AdapterFile, weights: Mapping[str, torch.Tensor], base: B
     own = base.weights
     kept = dict(weights)
     for key, tensor in others.items():
-        if _is_base_copy(adapter, key) or _ORIGINAL in key:
+        if tied := _tied_heads(adapter, key, own):
+            _check_tied(adapter, key, tensor, [others[head] for head in tied if head in others])
+        elif _is_base_copy(adapter, key) or _ORIGINAL in key:
             _check_base_copy(adapter, key, tensor, own)
             del kept[key]
         elif _COPY in key:
@@ -169,6 +171,13 @@ def _check_pair(adapter: AdapterFile, name: str, matrices: Mapping[str, torch.Te
         raise ChainError(
             f"The file of {adapter.name!r} lacks one of the two matrices of {name} ({adapter.path}). It is "
             "incomplete: save or download it again."
+        )
+    ranks = adapter.config.rank_pattern
+    rank = ranks.get(get_pattern_key(ranks.keys(), name), adapter.config.r)
+    if down.shape[0] != rank:
+        raise ChainError(
+            f"{name} has rank {down.shape[0]} in the file of {adapter.name!r} and {rank} in its config: "
+            f"adapter_config.json and the weights in {adapter.path} do not belong together."
         )
     groups = getattr(module, "groups", 1)  # of a convolution: PEFT gives them to B alone
     if down.shape[0] != up.shape[1] * groups:
@@ -242,6 +251,23 @@ def _check_base_copy(adapter: AdapterFile, key: str, tensor: torch.Tensor, own: 
             "tasks share the base model, so loading it would change the others. If these are the right "
             "values, load them into the base model yourself before load_chain (base.load_state_dict(..., "
             "strict=False))."
+        )
+
+
+def _tied_heads(adapter: AdapterFile, key: str, own: Mapping[str, torch.Tensor]) -> list[str]:
+    """The weights of modules in `modules_to_save` that this one is tied to; PEFT then saves and loads both."""
+    held = own.get(key.removeprefix(PREFIX))
+    if held is None or not adapter.config.ensure_weight_tying or not _is_base_copy(adapter, key):
+        return []
+    same = [f"{PREFIX}{name}" for name, tensor in own.items() if tensor is held]
+    return [name for name in same if not _is_base_copy(adapter, name)]
+
+
+def _check_tied(adapter: AdapterFile, key: str, tensor: torch.Tensor, heads: Sequence[torch.Tensor]) -> None:
+    if any(head.shape != tensor.shape or not _same_values(tensor, head) for head in heads):
+        raise ChainError(
+            f"The file of {adapter.name!r} ({adapter.path}) has other values for {key.removeprefix(PREFIX)} than for "
+            "the module that it is tied to. It is damaged: save or download it again."
         )
 
 

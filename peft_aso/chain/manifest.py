@@ -38,6 +38,11 @@ def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def scale_of(config: Any) -> dict[str, Any]:
+    """What a config multiplies B A by: the same weights under another scale are another adapter."""
+    return {name: getattr(config, name) for name in ("lora_alpha", "use_rslora", "alpha_pattern")}
+
+
 def describe(adapter: AdapterFile, folder: str, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """One task's entry in the manifest."""
     return {
@@ -45,6 +50,7 @@ def describe(adapter: AdapterFile, folder: str, weights: Mapping[str, torch.Tens
         "folder": folder,
         "history": adapter.history,
         "rank": adapter.config.r,
+        "scale": scale_of(adapter.config),
         "sha256": weights_hash(weights),
         "similarities": adapter.config.similarities,
         "soft_coefficients": adapter.config.soft_coefficients,
@@ -188,9 +194,17 @@ def check_listing(
 def check_hash(
     adapter: AdapterFile, weights: Mapping[str, torch.Tensor], entry: Mapping[str, Any] | None, strict: bool
 ) -> None:
-    """Compare an adapter's weights with the manifest's fingerprint of them."""
+    """Compare an adapter's weights and scale with what the manifest says of them."""
     if entry is None:
         return
+    scale = scale_of(adapter.config)
+    if entry.get("scale", scale) != scale:  # manifests of earlier versions have none
+        warn_or_raise(
+            f"{adapter.name!r} in {adapter.path} has another scale than save_chain wrote: {scale} in its "
+            f"adapter_config.json, {entry['scale']} in {MANIFEST_NAME}. If you changed it on purpose, run save_chain "
+            "on the whole chain; else restore the file. strict=False loads what is there.",
+            strict,
+        )
     found = weights_hash(weights)
     if found != entry["sha256"]:
         warn_or_raise(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,35 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             f"{path / CONFIG_NAME} is not a valid config: {str(error).rstrip('.')}. Save the adapter again, "
             "or mend the file."
         ) from error
+    for setting, words in _wrong_settings(config):
+        raise ChainError(f"{path / CONFIG_NAME} has {setting}={getattr(config, setting)!r}: it should be {words}.")
     name = getattr(config, "task_name", None) or path.resolve().name
     check_task_name(name, path)
     return AdapterFile(path, name, config)
+
+
+def _wrong_settings(config: Any) -> Iterator[tuple[str, str]]:
+    """Settings of a type that PEFT would stumble over later, or that is shown, with what they should be."""
+    targets = config.target_modules
+    if not isinstance(config.r, int) or config.r < 1:
+        yield "r", "a whole number of at least 1"
+    if not isinstance(config.lora_alpha, (int, float)):
+        yield "lora_alpha", "a number"
+    if not isinstance(targets, (str, type(None))) and not _are_strings(targets):
+        yield "target_modules", "a list of names or a regular expression"
+    for name in ("similarities", "soft_coefficients"):
+        found = getattr(config, name, None)
+        if found is not None and not (isinstance(found, dict) and all(map(_is_number_or_numbers, found.values()))):
+            yield name, "a number, or a list of one a layer, for each earlier task"
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, (list, set, tuple)) and all(isinstance(value, str) for value in values)
+
+
+def _is_number_or_numbers(value: Any) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return bool(each) and all(isinstance(one, (int, float)) for one in each)
 
 
 def read_each(folders: Iterable[tuple[str, Path]], damaged: dict[str, str] | None = None) -> list[AdapterFile]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from ..chain.errors import ChainError
 from ..chain.fitting import BaseView, check_fit
-from ..chain.manifest import weights_hash
+from ..chain.manifest import scale_of, weights_hash
 from ..chain.order import in_order
 from ..chain.reading import AdapterFile
 from ..hub.card import PICTURE, markdown, mean_of, most_like
 from ..hub.fetching import Access, Fetched, fetch, is_on_hub
 from ..hub.pushing import draw
+from ..tuner.checks import chain_obstacles
 from ..tuner.persistence import ATTRIBUTION_KEY
 from .bases import without_weights
 
@@ -79,7 +80,10 @@ def verify(options: argparse.Namespace) -> tuple[str, Any, bool]:
     found = found_in(options, damaged)
     against = options.base is not None and bool(found.adapters)
     view = BaseView.of(without_weights(found.adapters, options.base)) if against else None
-    checks = {adapter.name: _problems(adapter, found.manifest.get(adapter.name), view) for adapter in found.adapters}
+    summed = len(found.adapters) > 1
+    checks = {
+        adapter.name: _problems(adapter, found.manifest.get(adapter.name), view, summed) for adapter in found.adapters
+    }
     checks.update({task: [problem] for task, problem in damaged.items()})
     whole = [f"{task!r} is listed in chain.json and is not there" for task in found.manifest if task not in checks]
     try:
@@ -101,9 +105,12 @@ def verify(options: argparse.Namespace) -> tuple[str, Any, bool]:
     return "\n".join(lines), {"well": well, "tasks": checks, "chain": whole, "left_out": found.left_out}, well
 
 
-def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseView | None) -> list[str]:
+def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseView | None, summed: bool) -> list[str]:
     try:
         weights = adapter.weights()
+        obstacle = next(iter(chain_obstacles(adapter.config)), None)
+        if summed and obstacle is not None:
+            return [f"it cannot be part of a chain: {obstacle}"]
         if view is not None:
             check_fit(adapter, weights, view)
     except ChainError as error:
@@ -111,6 +118,9 @@ def _problems(adapter: AdapterFile, entry: Mapping[str, Any] | None, view: BaseV
     found: list[str] = []
     if entry is None:
         return found
+    scale = scale_of(adapter.config)
+    if entry.get("scale", scale) != scale:
+        found.append(f"scale {scale}, and chain.json says {entry['scale']}")
     digest = weights_hash(weights)
     if digest != entry["sha256"]:
         found.append(f"sha256 {digest}, and chain.json says {entry['sha256']}")

@@ -91,6 +91,14 @@ def check_readable(model: nn.Module, batches: Sequence[Mapping[str, Any]], setti
             read_batch(bare, batch, settings.max_answer_tokens)
 
 
+def try_attribution(model: nn.Module, batch: Mapping[str, Any], settings: AttributionConfig) -> None:
+    """Attribution with one step of the path, to see that the model allows it; what it raises is what is wrong."""
+    compute_attribution(
+        model, batch, steps=1, neurons=settings.neurons, stacks=settings.stacks, max_rows=settings.max_rows,
+        max_answer_tokens=settings.max_answer_tokens,
+    )  # fmt: skip
+
+
 def looking_at(model: nn.Module, adapter: str | None, alone: bool) -> AbstractContextManager[None]:
     """A context in which the model is the one of `adapter`: with its history, or alone (Eq. 2)."""
     tuner = tuner_of(model)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import ASOLoraModel
-from .attribution import check_readable
+from .attribution import check_readable, try_attribution
 from .coefficients import Coefficients, agree, require_tuner, store_attribution, update_coefficients
 from .probe import NoAnswersError, choose_probe, seed_of
 
@@ -50,12 +50,17 @@ class ASOCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._probe:
-            store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
+        task = require_tuner(kwargs["model"]).current_task
+        try:
+            if self._probe:
+                store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
+        except Exception as error:  # the task is learned: a script that goes on to save it must not die of this
+            warnings.warn(_not_stored(task, error), stacklevel=2)
         self._probe = []
 
     def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
-        """The probe; empty where no attribution is wanted, or where it cannot read the task and nothing needs it yet.
+        """The probe, on which attribution was tried; empty where none is wanted, or where it cannot read the task and
+        nothing needs it yet.
 
         Raises:
             ValueError: attribution cannot read the task, and this task's psi or a later one's needs it.
@@ -68,11 +73,12 @@ class ASOCallback(TrainerCallback):
         try:
             probe = choose_probe(loader, settings.probe_size, seed_of(args))
             check_readable(model, probe, settings)
+            try_attribution(model, probe[0], settings)
         except NoAnswersError:
             raise
-        except ValueError as error:
+        except Exception as error:  # whatever a model raises when its neurons are looked at
             if _weighs(tuner) or settings.source == "stored":
-                raise
+                raise ValueError(_needed(task, error)) from error
             if args.process_index == 0:
                 warnings.warn(_not_stored(task, error), stacklevel=2)
             return []
@@ -92,9 +98,17 @@ def _weighs(tuner: ASOLoraModel) -> bool:
     return bool(tuner.history) and tuner.peft_config[tuner.current_task].resolved_penalty_weight > 0
 
 
+def _needed(task: str, reason: Exception) -> str:
+    return (
+        f"{task!r} needs attribution, for psi or for the vector that it stores, and attribution cannot read the task: "
+        f"{str(reason).rstrip('.')}. AttributionConfig(similarity='none') trains without it (psi = 1, hard "
+        "orthogonality), penalty_weight=0 without a penalty."
+    )
+
+
 def _not_stored(task: str, reason: Exception) -> str:
     return (
-        f"No attribution vector will be stored with {task!r}, because attribution cannot read the task: "
+        f"No attribution vector is stored with {task!r}, because attribution cannot read the task: "
         f"{str(reason).rstrip('.')}. The training is the same without it: only a later task with "
         "AttributionConfig(source='stored') needs the vector. "
         f"Settings that may help, in model.peft_config[{task!r}].attribution before the training: max_answer_tokens "

@@ -78,7 +78,8 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
 
 def _candidates(dataset: Any, seed: int) -> Iterator[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        yield from dataset
+        for example in dataset:  # noqa: UP028 - `yield from` would close a generator that is handed out again
+            yield example
         return
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     for index in order.tolist():

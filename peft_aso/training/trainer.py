@@ -197,6 +197,22 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         probe = choose_probe(loader, INPUT_EXAMPLES, seed_of(args))
         initialize_from_inputs(model, probe, progress=not args.disable_tqdm)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; one that was made for another task is refused.
+
+        Raises:
+            ValueError: nothing that trains is in the optimizer, so that the training would change nothing.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = [id(parameter) for parameter in self.tuner.parameters() if parameter.requires_grad]
+        if self._trained is not None and trained and held.isdisjoint(trained):
+            raise ValueError(
+                f"The optimizer has none of the weights of {self.tuner.current_task!r}: it was made for another task, "
+                "and nothing would be learned. Make a new trainer (and optimizer) for each task, after set_adapter."
+            )
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint holds the current task: the history does not change and is not written again."""
         args = self.args  # type: ignore[attr-defined]

@@ -195,7 +195,7 @@ def _check_unique(adapter: str, task: str, others: Mapping[str, Any], saved: boo
 
 
 def _all_tasks(adapter: str, others: Mapping[str, Any]) -> list[str]:
-    """The tasks that the model holds, in the order in which they came."""
+    """The tasks that the model holds, in the order in which they came, but each after its own history."""
     tasks = {task_name_of(name, other): other for name, other in others.items() if not other.combined}
     for task, other in tasks.items():
         lacking = [name for name in other.history or [] if holder_of(name, others) is None]
@@ -205,7 +205,17 @@ def _all_tasks(adapter: str, others: Mapping[str, Any]) -> list[str]:
                 f"{', '.join(map(repr, lacking))}. Load those first, or say with history=[...] what "
                 f"{adapter!r} is to be trained on top of."
             )
-    return list(tasks)
+    ordered: dict[str, None] = {}
+
+    def add(task: str) -> None:
+        for older in () if task in ordered else tasks[task].history or ():
+            if older in tasks:
+                add(older)
+        ordered[task] = None
+
+    for task in tasks:
+        add(task)
+    return list(ordered)
 
 
 def _known_task(task: str, config: Any, others: Mapping[str, Any]) -> str:

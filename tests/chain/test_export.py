@@ -416,3 +416,18 @@ def test_failure_keeps_the_old_export(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ChainError, match="is a file"):
         export_lora(model, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_not_into_a_model_and_not_over_a_readme_of_somebody(tmp_path: Path) -> None:
+    model = make_chain()
+    tiny("llama").save_pretrained(tmp_path / "model")
+    with pytest.raises(ChainError, match="holds a model"):
+        export_lora(model, tmp_path / "model")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("# Mine")
+    export_lora(model, tmp_path / "notes")
+    assert (tmp_path / "notes" / "README.md").read_text() == "# Mine"
+    readme = export_lora(model, tmp_path / "out") / "README.md"
+    assert "rank 6" in readme.read_text()
+    export_lora(model, tmp_path / "out", max_rank=2)
+    assert "rank 2" in readme.read_text()

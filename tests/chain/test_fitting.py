@@ -110,3 +110,22 @@ def test_a_copy_alone_is_no_head(base: Base, tmp_path: Path) -> None:
     save_file({key: value for key, value in load_file(path).items() if key != f"{HEAD}.weight"}, path)
     with pytest.raises(ChainError, match="lacks lm_head.weight"):
         load_chain(base(), tmp_path / "chain")
+
+
+def test_an_embedding_of_a_task_with_the_head_that_is_tied_to_it(tmp_path: Path) -> None:
+    def tied() -> Any:
+        torch.manual_seed(0)
+        return tiny("llama", tie_word_embeddings=True)
+
+    config = ASOLoraConfig(**settings("llama", modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    model = get_peft_model(tied(), config, adapter_name="first").eval()
+    assert torch.equal(logits(load_chain(tied(), save_chain(model, tmp_path / "new"))), logits(model))
+    randomize(model, "first")
+    folder = save_chain(model, tmp_path / "trained")
+    assert torch.equal(logits(load_chain(tied(), folder)), logits(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(tied(), folder / "first")), logits(model))
+    file = folder / "first" / SAFETENSORS_WEIGHTS_NAME
+    weights = load_file(file)
+    save_file({**weights, f"{HEAD}.weight": weights[f"{HEAD}.weight"] + 1}, file)
+    with pytest.raises(ChainError, match="other values for lm_head.weight than for the module that it is tied to"):
+        load_chain(tied(), folder, strict=False)

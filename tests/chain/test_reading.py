@@ -222,6 +222,12 @@ def test_missing_files(folder: Path, name: str) -> None:
         ('{"peft_type": "ASO_LORA", "penalty": "cubed"}', "not a valid config.*cubed"),
         ('{"peft_type": "ASO_LORA", "history": "first"}', "not a valid config.*list of task names"),
         ('{"peft_type": "ASO_LORA", "attribution": {"steps": 0}}', "not a valid config.*steps"),
+        ('{"peft_type": "ASO_LORA", "r": 0}', "r=0.*at least 1"),
+        ('{"peft_type": "ASO_LORA", "lora_alpha": "big"}', "lora_alpha='big'.*a number"),
+        ('{"peft_type": "ASO_LORA", "target_modules": 5}', "target_modules=5.*a list of names"),
+        ('{"peft_type": "ASO_LORA", "similarities": 1}', "similarities=1.*for each earlier task"),
+        ('{"peft_type": "ASO_LORA", "similarities": {"a": []}}', "similarities=.*for each earlier task"),
+        ('{"peft_type": "ASO_LORA", "soft_coefficients": {"a": "b"}}', "soft_coefficients=.*for each earlier task"),
     ],
 )
 def test_configs_that_are_none(folder: Path, text: str, message: str) -> None:

@@ -243,3 +243,18 @@ def test_order_of_unrelated_tasks_is_the_manifests(tmp_path: Path) -> None:
     model = make_chain(tasks={"zebra": {}, "apple": {"history": []}})
     save_chain(model, tmp_path)
     assert list(load_chain(tiny("llama"), tmp_path).peft_config) == ["zebra", "apple"]
+
+
+def test_changed_scale(folder: Path) -> None:
+    path = folder / "second" / CONFIG_NAME
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "lora_alpha": 800}))
+    check_strict(folder, "'second'.*another scale.*'lora_alpha': 800.*restore the file")
+    path.write_text(json.dumps({**values, "use_rslora": True}))
+    check_strict(folder, "'second'.*another scale.*'use_rslora': True")
+    path.write_text(json.dumps(values))
+    listing = json.loads((folder / MANIFEST_NAME).read_text())
+    for entry in listing["tasks"]:
+        del entry["scale"]  # as earlier versions wrote it
+    (folder / MANIFEST_NAME).write_text(json.dumps(listing))
+    load_chain(tiny("llama"), folder)

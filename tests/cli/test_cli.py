@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from peft_aso import ASOLoraConfig, export_merged, push_chain, save_chain
+from peft_aso import ASOLoraConfig, ChainError, export_merged, load_chain, push_chain, save_chain
 from peft_aso.chain.reading import AdapterFile
 from peft_aso.cli import main
 from peft_aso.cli.bases import model_class
@@ -81,6 +81,24 @@ def test_verify_finds_what_is_wrong(places: Any, capsys: pytest.CaptureFixture[s
     assert "NaN" in said(capsys, "verify", chain)[1]
     file.write_bytes(b"broken")
     assert "truncated" in said(capsys, "verify", chain)[1]
+
+
+def test_verify_finds_configs_that_do_not_belong_to_the_weights(
+    places: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain, base, _ = places
+    path = chain / "second" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    for change, words in (
+        ({"r": 7}, "and 7 in its config"), ({"lora_alpha": 800}, "scale {'lora_alpha': 800"),
+        ({"use_dora": True}, "cannot be part of a chain"), ({"lora_alpha": "big"}, "lora_alpha='big'"),
+        ({"target_modules": 5}, "target_modules=5"), ({"similarities": {"first": "x"}}, "similarities="),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**values, **change}))
+        code, text = said(capsys, "verify", chain, "--base", base)
+        assert code == 1 and words in text
+        with pytest.raises(ChainError):
+            load_chain(AutoModelForCausalLM.from_pretrained(base), chain)
 
 
 def test_verify_looks_at_every_task(

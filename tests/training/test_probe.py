@@ -90,3 +90,17 @@ def test_no_answers_at_all_and_no_labels_are_errors() -> None:
     data.__class__ = type("Bare", (TinyTask,), {"__len__": lambda self: 4})
     with pytest.raises(ValueError, match="have no `labels`"):
         choose_probe(loader(data), 4, seed=0)
+
+
+def test_a_stream_that_hands_out_one_generator_stays_open() -> None:
+    data = TinyTask(tiny("llama"), size=8)
+
+    class Once(IterableDataset):
+        rows = (data[index] for index in range(len(data)))
+
+        def __iter__(self):
+            return self.rows
+
+    stream = Once()
+    choose_probe(loader(stream), 4, seed=0)
+    assert len(list(stream)) == 4

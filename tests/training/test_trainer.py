@@ -312,3 +312,15 @@ def test_labels_all_ignored_is_an_error_before_the_first_step(tmp_path: Path) ->
     with pytest.raises(ValueError, match="all labels are -100"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_trainer_of_another_task_is_refused(tmp_path: Path) -> None:
+    """Its optimizer has the other task's weights: nothing would be learned, and nothing would say so."""
+    model = chain(tasks=("first",))
+    trainer = ASOTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=TinyTask(model))
+    trainer.train()
+    trainer.train()
+    model.add_adapter("second", config("llama"))
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="none of the weights of 'second'.*new trainer"):
+        trainer.train()

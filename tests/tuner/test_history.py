@@ -175,3 +175,10 @@ def test_isolated_tasks_are_known():
     tasks = TaskHistory()
     tasks.refresh({"one": task([]), "two": task(["one"], forward_history="isolated")})
     assert tasks.isolated == {"two"}
+
+
+def test_tasks_that_were_loaded_in_any_order_are_the_history_oldest_first():
+    configs: dict[str, Any] = {}
+    for name, history in (("three", ["one", "two"]), ("two", ["one"]), ("one", []), ("four", ["one", "two", "three"])):
+        add(configs, name, task(history, peft_aso_version="0.1.0"))
+    assert add(configs, "five", task()).history == ["one", "two", "three", "four"]
