@@ -13,7 +13,7 @@ import torch
 
 from ..tuner.persistence import ATTRIBUTION_KEY
 from .errors import ChainError, warn_or_raise
-from .reading import AdapterFile, check_task_name, plain_file
+from .reading import AdapterFile, are_strings, check_task_name, plain_file
 
 MANIFEST_NAME = "chain.json"
 FORMAT = "peft_aso chain"
@@ -131,7 +131,7 @@ def read_listing(folder: Path) -> Listing | None:
         entries = {entry["task"]: dict(entry) for entry in content["tasks"]} if is_ours else {}
         exports = list(content.get("exports", [])) if is_ours else []
         left_out = {each["folder"]: each["sha256"] for each in content.get("left_out", [])} if is_ours else {}
-        complete = all({"folder", "sha256"} <= set(e) and _are_names(e.get("history")) for e in entries.values())
+        complete = all({"folder", "sha256"} <= set(e) and are_strings(e.get("history")) for e in entries.values())
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ChainError(
             f"{path} is damaged ({type(error).__name__}: {error}). Save the chain again, or delete the "
@@ -154,10 +154,6 @@ def read_listing(folder: Path) -> Listing | None:
         check_task_name(export, path)
     base_model = content.get("base_model_name_or_path")
     return Listing(entries, exports, left_out, base_model if isinstance(base_model, str) else None)
-
-
-def _are_names(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _is_place(entry: Mapping[str, Any]) -> bool:

@@ -95,12 +95,12 @@ def _weights(tuner: Any, names: Sequence[str], dtype: torch.dtype | None) -> dic
     for name, layer in tqdm(layers.items(), desc="Merging", unit="module", leave=False):
         base: Any = layer.get_base_layer()
         plain = isinstance(base, _MERGED) and type(base.weight.data) is torch.Tensor
-        if not plain or not base.weight.is_floating_point() or layer.merged:
+        if layer.merged:
+            raise ChainError(f"The adapters are merged into {name} already. Call model.unmerge_adapter() first.")
+        if not plain or not base.weight.is_floating_point():
             kind = f"a {type(base).__name__} with a weight of type {type(base.weight).__name__}"
             raise ChainError(
-                f"The adapters are merged into {name} already. Call model.unmerge_adapter() first."
-                if layer.merged
-                else f"{name} is {kind}, which cannot be merged in float32. On a quantized base, load the base model "
+                f"{name} is {kind}, which cannot be merged in float32. On a quantized base, load the base model "
                 "in half precision, put the chain on it with load_chain, and export that."
             )
         product = weighted_sum(parts_of(layer, names))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..tuner.history import oldest_first
 from .errors import ChainError
 from .reading import AdapterFile
 
@@ -86,18 +87,14 @@ def _ancestry(wanted: Sequence[str], by_name: dict[str, AdapterFile]) -> set[str
 
 def _sorted(by_name: dict[str, AdapterFile]) -> list[AdapterFile]:
     """Topological order; among those that are ready, the first given goes first."""
-    waiting, ordered = dict(by_name), list[AdapterFile]()
-    placed: set[str] = set()
-    while waiting:
-        ready = next((name for name, adapter in waiting.items() if placed.issuperset(adapter.history)), None)
-        if ready is None:
-            raise ChainError(
-                f"The histories form a cycle: {_cycle(waiting)} (each was trained on top of the next). One "
-                "of these adapters has a wrong `history` in its adapter_config.json."
-            )
-        ordered.append(waiting.pop(ready))
-        placed.add(ready)
-    return ordered
+    ordered = oldest_first({name: adapter.history for name, adapter in by_name.items()})
+    waiting = {name: adapter for name, adapter in by_name.items() if name not in ordered}
+    if waiting:
+        raise ChainError(
+            f"The histories form a cycle: {_cycle(waiting)} (each was trained on top of the next). One "
+            "of these adapters has a wrong `history` in its adapter_config.json."
+        )
+    return [by_name[name] for name in ordered]
 
 
 def _cycle(waiting: dict[str, AdapterFile]) -> str:

@@ -115,7 +115,7 @@ def _wrong_settings(config: Any) -> Iterator[tuple[str, str]]:
         yield "r", "a whole number of at least 1"
     if not isinstance(config.lora_alpha, (int, float)):
         yield "lora_alpha", "a number"
-    if not isinstance(targets, (str, type(None))) and not _are_strings(targets):
+    if not isinstance(targets, (str, type(None))) and not are_strings(targets):
         yield "target_modules", "a list of names or a regular expression"
     for name in ("similarities", "soft_coefficients"):
         found = getattr(config, name, None)
@@ -123,7 +123,8 @@ def _wrong_settings(config: Any) -> Iterator[tuple[str, str]]:
             yield name, "a number, or a list of one a layer, for each earlier task"
 
 
-def _are_strings(values: Any) -> bool:
+def are_strings(values: Any) -> bool:
+    """Whether it is a list (or set, or tuple) of strings."""
     return isinstance(values, (list, set, tuple)) and all(isinstance(value, str) for value in values)
 
 

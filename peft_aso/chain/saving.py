@@ -17,12 +17,12 @@ from ..tuner.history import task_name_of
 from .atomic import replaced_folder
 from .beside import beside
 from .errors import ChainError
+from .export import README_NAME
 from .manifest import Listing, describe, read_listing, write_manifest
 from .order import in_order
 from .reading import check_task_name, read_adapter
 from .removing import adapter_named, was_replaced
 
-CARD_NAME = "README.md"
 PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
 
 
@@ -72,8 +72,8 @@ def save_chain(model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] 
         names = [adapter.config.base_model_name_or_path for adapter in written]
         exports = [export for export in earlier.exports if (path / export).is_dir() and export not in adapters]
         write_manifest(stage, ordered, next(filter(None, names), None), exports, left_out)
-        if (path / CARD_NAME).exists():  # somebody may have written in it
-            (stage / CARD_NAME).unlink(missing_ok=True)
+        if (path / README_NAME).exists():  # somebody may have written in it
+            (stage / README_NAME).unlink(missing_ok=True)
     return path
 
 
@@ -133,5 +133,5 @@ def _write_adapter(model: Any, adapter: str, stage: Path, task: str) -> None:
     written = scratch if adapter == PEFT_DEFAULT else scratch / adapter
     written.rename(stage / task)
     if scratch.exists():
-        (scratch / CARD_NAME).rename(stage / CARD_NAME)
+        (scratch / README_NAME).rename(stage / README_NAME)
         scratch.rmdir()

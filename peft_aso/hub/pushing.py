@@ -18,7 +18,7 @@ from ..chain.export import export_lora
 from ..chain.manifest import MANIFEST_NAME, ROOT, read_base_model, read_manifest, write_manifest
 from ..chain.removing import was_replaced
 from ..chain.saving import save_chain
-from .card import PICTURE, check, mean_of, model_card
+from .card import PICTURE, check, model_card
 from .fetching import Access, said_clearly
 
 EXPORT = "merged"
@@ -134,13 +134,13 @@ class _Hub:
 
     def look(self, repo: str, manifest: Mapping[str, Mapping[str, Any]]) -> _Place:
         """Read what is there and see that nothing goes but what was taken out on purpose; nothing is written."""
-        try:
-            with _writing(repo):
+        with _writing(repo):
+            try:
                 head = str(self.api.model_info(repo).sha)
-        except ChainError as error:
-            if _is_missing(error):
+            except GatedRepoError:  # it is there, and may not be read
+                raise
+            except RepositoryNotFoundError:
                 return _Place(repo, None)
-            raise
         return _Place(repo, head, self._refuse_others(repo, head, manifest))
 
     def push(
@@ -193,11 +193,7 @@ def _additions(folder: Path) -> list[CommitOperationAdd]:
 
 def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draw the tasks' similarities; False where there are none, or no matplotlib."""
-    found = {
-        entry["task"]: {old: mean_of(value) for old, value in entry["similarities"].items()}
-        for entry in entries
-        if entry.get("similarities")
-    }
+    found = {entry["task"]: entry["similarities"] for entry in entries if entry.get("similarities")}
     if not found:
         return False
     try:
@@ -209,14 +205,6 @@ def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:
     figure: Any = axes.figure
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return True
-
-
-def _is_missing(error: ChainError) -> bool:
-    """Whether the Hub knows no such repository, or none that may be read."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, RepositoryNotFoundError):
-        cause = cause.__cause__
-    return cause is not None and not isinstance(cause, GatedRepoError)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class ASOCallback(TrainerCallback):
             if self._probe:
                 store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
         except Exception as error:  # the task is learned: a script that goes on to save it must not die of this
-            warnings.warn(_not_stored(task, error), stacklevel=2)
+            _say_not_stored(args, task, error)
         self._probe = []
 
     def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
@@ -79,8 +79,7 @@ class ASOCallback(TrainerCallback):
         except Exception as error:  # whatever a model raises when its neurons are looked at
             if _weighs(tuner) or settings.source == "stored":
                 raise ValueError(_needed(task, error)) from error
-            if args.process_index == 0:
-                warnings.warn(_not_stored(task, error), stacklevel=2)
+            _say_not_stored(args, task, error)
             return []
         return probe
 
@@ -104,6 +103,11 @@ def _needed(task: str, reason: Exception) -> str:
         f"{str(reason).rstrip('.')}. AttributionConfig(similarity='none') trains without it (psi = 1, hard "
         "orthogonality), penalty_weight=0 without a penalty."
     )
+
+
+def _say_not_stored(args: TrainingArguments, task: str, reason: Exception) -> None:
+    if args.process_index == 0:
+        warnings.warn(_not_stored(task, reason), stacklevel=3)
 
 
 def _not_stored(task: str, reason: Exception) -> str:

@@ -204,9 +204,11 @@ class ASOTrainerMixin(TrainedOnlyMixin):
             ValueError: nothing that trains is in the optimizer, so that the training would change nothing.
         """
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self._trained is None:  # sharded: the optimizer may hold weights of its own
+            return optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = [id(parameter) for parameter in self.tuner.parameters() if parameter.requires_grad]
-        if self._trained is not None and trained and held.isdisjoint(trained):
+        if trained and held.isdisjoint(trained):
             raise ValueError(
                 f"The optimizer has none of the weights of {self.tuner.current_task!r}: it was made for another task, "
                 "and nothing would be learned. Make a new trainer (and optimizer) for each task, after set_adapter."

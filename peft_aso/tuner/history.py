@@ -205,17 +205,20 @@ def _all_tasks(adapter: str, others: Mapping[str, Any]) -> list[str]:
                 f"{', '.join(map(repr, lacking))}. Load those first, or say with history=[...] what "
                 f"{adapter!r} is to be trained on top of."
             )
-    ordered: dict[str, None] = {}
+    return oldest_first({task: other.history or [] for task, other in tasks.items()})
 
-    def add(task: str) -> None:
-        for older in () if task in ordered else tasks[task].history or ():
-            if older in tasks:
-                add(older)
-        ordered[task] = None
 
-    for task in tasks:
-        add(task)
-    return list(ordered)
+def oldest_first(histories: Mapping[str, Sequence[str]]) -> list[str]:
+    """Tasks, each after those of its history that are among them; of those that are ready the first given goes first.
+
+    Tasks whose histories form a cycle, and what is built on them, are left out.
+    """
+    waiting = {task: set(history) & histories.keys() for task, history in histories.items()}
+    placed: dict[str, None] = {}
+    while ready := next((task for task, history in waiting.items() if placed.keys() >= history), None):
+        del waiting[ready]
+        placed[ready] = None
+    return list(placed)
 
 
 def _known_task(task: str, config: Any, others: Mapping[str, Any]) -> str:

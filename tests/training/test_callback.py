@@ -193,9 +193,7 @@ def test_a_model_that_attribution_cannot_run_is_found_out_before_the_first_step(
     message = said(trainer)[-1]  # where there is a fast way, one that says why not that one comes first
     assert "No attribution vector is stored with 'first'" in message and reason in message
     assert trainer.state.global_step == 2
-    model.add_adapter(
-        "second", model.peft_config["first"].__class__(r=2, target_modules=model.peft_config["first"].target_modules)
-    )
+    model.add_adapter("second", ASOLoraConfig(r=2, target_modules=list(model.peft_config["first"].target_modules)))
     model.set_adapter("second")
     second = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
     with pytest.raises(ValueError, match=f"{reason}.*similarity='none'.*penalty_weight=0"):
