@@ -6,6 +6,7 @@ Knows transformers and tensors, and nothing of adapters or training: it can be u
 from __future__ import annotations
 
 from .answer import MAX_ANSWER_TOKENS
+from .config import AttributionConfig
 from .integrated_gradients import integrated_gradients
 from .neurons import NeuronLayer, find_neurons, unwrap
 from .similarity import Prepared, average_ranks, prepare, similarity, similarity_matrix
@@ -14,6 +15,7 @@ from .window import FastWayUnsupported
 
 __all__ = [
     "MAX_ANSWER_TOKENS",
+    "AttributionConfig",
     "AttributionVector",
     "FastWayUnsupported",
     "Layout",

@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from ..tuner import ASOLoraModel
-from ..tuner.checks import chain_obstacles
-from ..tuner.history import adapter_of, task_name_of
+from ..tuner.history import adapter_of, chain_obstacles, task_name_of
 from ..tuner.layer import UNSUPPORTED_LAYERS, adapters_in, matrices_of
 from ..tuner.persistence import tuner_of
 from .atomic import replaced_folder

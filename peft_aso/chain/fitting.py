@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..tuner.checks import chain_obstacles, check_adapter_name
+from ..tuner.history import chain_obstacles, check_adapter_name
 from ..tuner.persistence import ATTRIBUTION_KEY
 from .errors import ChainError
 from .reading import AdapterFile

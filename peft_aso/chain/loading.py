@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 
 from ..tuner import ASOLoraConfig, ASOLoraModel
 from ..tuner.bulk import SavedAdapter, add_saved, fits_bulk, takes_bulk
-from ..tuner.checks import chain_obstacles, is_free, name_parts
-from ..tuner.history import adapter_of
+from ..tuner.history import adapter_of, chain_obstacles, is_free, name_parts
 from .beside import left_out_of
 from .errors import ChainError
 from .fitting import BaseView, check_fit, check_name

@@ -19,8 +19,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..tuner.checks import is_finite, is_folder_name
+from ..tuner.checks import is_finite
 from ..tuner.config import PEFT_TYPE_NAME, ASOLoraConfig
+from ..tuner.history import is_folder_name
 from .errors import ChainError
 
 STOCK_TYPE_NAME = "LORA"

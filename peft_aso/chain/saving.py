@@ -12,8 +12,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from ..tuner import ASOLoraModel
-from ..tuner.checks import is_free, name_parts
-from ..tuner.history import task_name_of
+from ..tuner.history import is_free, name_parts, task_name_of
 from .atomic import replaced_folder
 from .beside import beside
 from .errors import ChainError

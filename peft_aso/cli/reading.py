@@ -15,7 +15,7 @@ from ..chain.reading import AdapterFile
 from ..hub.card import PICTURE, markdown, mean_of, most_like
 from ..hub.fetching import Access, Fetched, fetch, is_on_hub
 from ..hub.pushing import draw
-from ..tuner.checks import chain_obstacles
+from ..tuner.history import chain_obstacles
 from ..tuner.persistence import ATTRIBUTION_KEY
 from .bases import without_weights
 

@@ -26,8 +26,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .checks import check_base_unchanged, check_chain, check_layers, check_tensors
-from .history import TaskHistory, settle_history
+from .checks import check_base_unchanged, check_layers, check_tensors
+from .history import TaskHistory, check_chain, settle_history
 from .persistence import ATTRIBUTION_KEY, check_attribution
 
 if TYPE_CHECKING:

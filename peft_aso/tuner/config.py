@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +11,8 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME
 
+from ..attribution.config import AttributionConfig, check_choice, is_number
+
 PEFT_TYPE_NAME = "ASO_LORA"
 
 # lambda of Eq. 7. The paper has 0.5 ("follow Wang et al."), which was tuned for the L1 form; in the squared form 0.05
@@ -20,107 +21,9 @@ PEFT_TYPE_NAME = "ASO_LORA"
 DEFAULT_PENALTY_WEIGHT = {"squared": 0.05, "l1": 0.5}
 
 
-def _check_choice(name: str, value: object, choices: tuple[str | bool, ...]) -> None:
-    if not any(value is each or (isinstance(each, str) and value == each) for each in choices):
-        raise ValueError(f"{name}={value!r} is not known. Choose one of: {', '.join(map(str, choices))}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _check_weight(name: str, value: float) -> None:
-    if not _is_number(value) or value < 0:
+    if not is_number(value) or value < 0:
         raise ValueError(f"{name}={value!r}: the weight of a penalty is a finite number that is not below 0.")
-
-
-@dataclass
-class AttributionConfig:
-    """How the attribution vectors are computed and turned into the similarity w and the coefficient psi.
-
-    Args:
-        steps (`int`):
-            m of Eq. 11: how many points the gradient is taken at, or, `"adaptive"`, how finely.
-        quadrature (`str`):
-            `"adaptive"` (for each layer and example as few points as it takes for the change of P to come out right to
-            a part 1/m: about four where m is 20, and nearer to the integral than 20 even ones, docs/performance.md),
-            `"riemann"` (right Riemann sum, the paper to the letter) or `"gauss_legendre"`.
-        neurons (`str` or `list[str]`, *optional*):
-            Which modules' inputs are the FFN neurons: a regular expression that matches the whole module
-            name, or a list of name endings. `None` finds the down projections by structure.
-        stacks (`str`):
-            Of an encoder-decoder: `"all"`, `"encoder"` or `"decoder"` neurons.
-        max_rows (`int`, *optional*):
-            Most rows (examples x steps x layers) that run through the model at once. `None` chooses.
-        max_answer_tokens (`int`):
-            A longer answer is refused: most often it is a prompt whose labels were not set to -100.
-        attribution_model (`str`):
-            What "the model of task t" is: `"cumulative"` (base + adapters 1..t), `"task"` (base + adapter t
-            alone, Eq. 2) or `"auto"` (cumulative when the history is in the forward pass while a task trains,
-            else task).
-        aggregation (`str`):
-            `"per_example"` (w of each probe example, then the mean) or `"mean"` (w of the mean vectors).
-        absolute (`bool`):
-            Compare absolute scores instead of signed ones.
-        similarity (`str`):
-            `"spearman"` (the paper), `"pearson"`, `"cosine"`, or `"none"`: w = 0 and psi = 1 (hard
-            orthogonality, as O-LoRA), and no attribution is computed at all.
-        granularity (`str`):
-            `"task"` (one w for each earlier task) or `"layer"` (one for each earlier task and layer).
-        source (`str`):
-            `"current"` (the history's models look at the new task's data, Eq. 13) or `"stored"` (each earlier
-            task's own vector, kept at its end, is compared: no old model is run).
-        clip (`bool`):
-            Clip psi to [0, 1]. Off: Eq. 6 as it stands, where a negative w makes psi larger than 1.
-        refresh (`float` or `int`):
-            When the current task's vector is computed again: a fraction of the run if below 1, else a number
-            of optimizer steps; 0 only once, before the first step.
-        probe_size (`int`):
-            How many training examples the vectors are computed on. With 16 the standard error of w is 0.02 to
-            0.04 (docs/performance.md); it halves with four times as many.
-
-    Raises:
-        ValueError: a value that is none of these.
-    """
-
-    steps: int = 20
-    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = "adaptive"
-    neurons: str | list[str] | None = None
-    stacks: Literal["all", "encoder", "decoder"] = "all"
-    max_rows: int | None = None
-    max_answer_tokens: int = 64
-    attribution_model: Literal["auto", "cumulative", "task"] = "auto"
-    aggregation: Literal["per_example", "mean"] = "per_example"
-    absolute: bool = False
-    similarity: Literal["spearman", "pearson", "cosine", "none"] = "spearman"
-    granularity: Literal["task", "layer"] = "task"
-    source: Literal["current", "stored"] = "current"
-    clip: bool = False
-    refresh: float = 0.1
-    probe_size: int = 16
-
-    def __post_init__(self) -> None:
-        _check_choice("quadrature", self.quadrature, ("riemann", "gauss_legendre", "adaptive"))
-        _check_choice("stacks", self.stacks, ("all", "encoder", "decoder"))
-        _check_choice("attribution_model", self.attribution_model, ("auto", "cumulative", "task"))
-        _check_choice("aggregation", self.aggregation, ("per_example", "mean"))
-        _check_choice("similarity", self.similarity, ("spearman", "pearson", "cosine", "none"))
-        _check_choice("granularity", self.granularity, ("task", "layer"))
-        _check_choice("source", self.source, ("current", "stored"))
-        for name in ("steps", "probe_size", "max_answer_tokens"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
-        if self.max_rows is not None and not _is_count(self.max_rows):
-            raise ValueError(f"max_rows={self.max_rows!r} must be at least 1, or None to choose.")
-        if not _is_number(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
-            raise ValueError(
-                f"refresh={self.refresh!r}: give a fraction of the run (0.1: ten times), a whole number of "
-                "steps (50), or 0 for once at the start."
-            )
 
 
 def _attribution_config(value: object) -> AttributionConfig:
@@ -223,12 +126,12 @@ class ASOLoraConfig(LoraConfig):
         self._chain: str | None = None  # no field: where a chain lies is nothing that is saved
         self.peft_type = PeftType(PEFT_TYPE_NAME)
         self.attribution = _attribution_config(self.attribution)
-        _check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
-        _check_choice("history_form", self.history_form, ("auto", "stacked", "dense", "folded"))
-        _check_choice("penalty", self.penalty, tuple(DEFAULT_PENALTY_WEIGHT))
+        check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
+        check_choice("history_form", self.history_form, ("auto", "stacked", "dense", "folded"))
+        check_choice("penalty", self.penalty, tuple(DEFAULT_PENALTY_WEIGHT))
         if self.task_name is not None and (not isinstance(self.task_name, str) or not self.task_name):
             raise TypeError(f"task_name={self.task_name!r}: give the task's name, or None for the adapter's.")
-        _check_choice("project_init", self.project_init, (False, True, "inputs"))
+        check_choice("project_init", self.project_init, (False, True, "inputs"))
         if self.project_init == "inputs" and self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
                 f"project_init='inputs' starts A itself and needs B to start at 0, and init_lora_weights="

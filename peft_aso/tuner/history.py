@@ -7,8 +7,10 @@ are missing, and refuses what cannot be: a name that does not exist, a task that
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 
 class HistoryError(ValueError):
@@ -255,3 +257,112 @@ def _refuse_cycle(task: str, configs: Mapping[str, Any]) -> None:
             if parent not in came_from:
                 came_from[parent] = name
                 to_visit.append(parent)
+
+
+# init_lora_weights values that change the base weights, which all tasks share
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# settings with which an adapter is not a sum W + (alpha/r) B A, or touches weights that all tasks share
+_NOT_A_SUM = {
+    "use_dora": "DoRA rescales the base weight, so that adapters cannot be summed (Eq. 3)",
+    "target_parameters": "adapters on bare parameters are merged into them during the forward pass",
+    "trainable_token_indices": "trained embedding rows replace the base model's and cannot be summed",
+    "layer_replication": "it changes the layers of the base model, which all tasks share",
+    "arrow_config": "it routes between adapters",
+    "use_bdlora": "its matrices are block-diagonal",
+    "alora_invocation_tokens": "it acts on a part of the tokens only",
+    "velora_config": "it changes how the adapter is computed",
+    "monteclora_config": "it samples the adapter's weights",
+    "kasa_config": "it truncates the base weight",
+}
+
+# parts of PEFT's own parameter names; "__base__" stands for the base model in mixed batches
+_PEFT_PARTS = {
+    "__base__", "base_model", "model", "base_layer", "weight", "bias", "lora_A", "lora_B", "lora_embedding_A",
+    "lora_embedding_B", "lora_dropout", "lora_magnitude_vector", "modules_to_save", "original_module",
+    "token_adapter",
+}  # fmt: skip
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse adapter names that PEFT would confuse with parts of the model's own parameter names.
+
+    Raises:
+        ValueError: the name is empty, has a dot, or equals a part of a module or parameter name.
+    """
+    if not is_free(name, name_parts(model)):
+        raise ValueError(
+            f"An adapter cannot be called {name!r}: the name is empty, has a dot or a slash, or is a part of "
+            "the model's own parameter names, and PEFT finds an adapter's weights by its name. Choose "
+            f"another name, such as {'task-' + name.replace('.', '-').replace('/', '-')!r}."
+        )
+
+
+def check_new_task(name: str, model: nn.Module, adapters: Container[str]) -> None:
+    """Refuse a task's name that a saved chain could not have, before anything is trained under it.
+
+    Args:
+        adapters: names of the model's adapters, which are parts of its parameter names and no obstacle.
+
+    Raises:
+        ValueError: the name is no plain folder name, or a part of the model's own parameter names.
+    """
+    if not is_folder_name(name) or (name not in adapters and not is_free(name, name_parts(model))):
+        raise ValueError(
+            f"A task cannot be called {name!r}: a chain keeps each task in a folder of its name, and loads it under "
+            "that name. Choose a plain one that is no part of the model's own parameter names."
+        )
+
+
+def name_parts(model: nn.Module) -> set[str]:
+    """The parts of the model's own names and of PEFT's, which no adapter may be called."""
+    parts = set(_PEFT_PARTS)
+    for keys in (model.named_modules(), model.named_parameters(), model.named_buffers()):
+        parts.update(part for key, _ in keys if "lora_" not in key for part in key.split("."))
+    return parts
+
+
+def is_free(name: str, parts: Container[str]) -> bool:
+    """Whether an adapter may have this name in a model with these `name_parts`."""
+    return bool(name) and "." not in name and "/" not in name and name not in parts
+
+
+def is_folder_name(name: object) -> bool:
+    """Whether a task's name can be the name of its folder: a text that leads neither out of one nor out of sight."""
+    return isinstance(name, str) and name[:1] not in ("", ".") and not set(name) & set("/\\\0")
+
+
+def changes_base(config: Any) -> bool:
+    """True if adding an adapter with this config changes the weights of the base model."""
+    return str(config.init_lora_weights).lower().startswith(_CHANGES_BASE)
+
+
+def chain_obstacles(config: Any) -> Iterator[str]:
+    """Reasons why an adapter with this config can be neither history nor built on a history."""
+    if changes_base(config):
+        yield (
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which all tasks share "
+            "(train it with another initialisation, or convert it with save_pretrained("
+            "path_initial_model_for_weight_conversion=...))"
+        )
+    if config.bias != "none":
+        yield f"bias={config.bias!r} trains the base model's biases, which all tasks share"
+    for name, reason in _NOT_A_SUM.items():
+        if getattr(config, name, None):
+            yield f"{name}: {reason}"
+
+
+def check_chain(adapter: str, history: tuple[str, ...], configs: Mapping[str, Any]) -> None:
+    """Refuse a chain in which one adapter cannot be summed with the others.
+
+    Raises:
+        HistoryError: says which adapter and which of its settings.
+    """
+    if not history:
+        return
+    for name in (*history, adapter):
+        for reason in chain_obstacles(configs[name]):
+            raise HistoryError(
+                f"The adapter {name!r} cannot be part of a chain of tasks: {reason}. Use it alone "
+                "(history=[]), or leave the setting out."
+            )

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .kept import tensor_state
+from .low_rank import LowRank
 
 _DOWN = ("lora_A", "lora_embedding_A")
 UNSUPPORTED_LAYERS = (MultiheadAttention, ParamWrapper)
@@ -107,3 +108,9 @@ def combine_biases(layer: LoraLayer, names: Sequence[str], weights: Sequence[flo
     ]
     if parts:
         layer.lora_B[combined].bias.data = torch.stack(parts).sum(0)
+
+
+def low_rank(layer: LoraLayer, name: str) -> LowRank:
+    """One adapter's update of a layer, without gradients; convolutions flattened."""
+    A, B = matrices_of(layer, name)
+    return LowRank(A.detach().flatten(1), B.detach().flatten(1), float(layer.scaling[name]))

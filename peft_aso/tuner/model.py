@@ -8,22 +8,18 @@ an adapter that is in some other adapter's history never trains.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _check_adapters_not_merged
 from torch import nn
 
-from .checks import (
-    check_adapter_name,
-    check_base_unchanged,
-    check_chain,
-    check_layers,
-    check_new_task,
-    check_weights,
-)
-from .history import HistoryError, TaskHistory, settle_history
+from .checks import check_base_unchanged, check_layers, check_weights
+from .history import HistoryError, TaskHistory, check_adapter_name, check_chain, check_new_task, settle_history
 from .layer import adapters_in, combine_biases, freeze_names, matrices_of, subspace_of
 from .linear import attach_history, with_folding
 from .orthogonality import project_out
@@ -326,3 +322,25 @@ def _name_heads(config: Any) -> None:
     missing = [head for head in _HEADS.get(config.task_type, ()) if head not in named]
     if missing:
         config.modules_to_save = named + missing
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor], config: Any = None) -> str:
+    """SHA-256 of an adapter's values as float32, in the order of the tensors' names, and of its scale.
+
+    The dtype in which they are kept is left out (PEFT changes it when it loads), and so is the attribution vector.
+
+    Args:
+        weights: file key -> tensor.
+        config: the adapter's, whose scale is hashed too. None: the values alone (`chain.json` of format version 1).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if name == ATTRIBUTION_KEY:
+            continue
+        values = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {list(values.shape)}\n".encode())
+        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+    if config is not None:
+        scale = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora", "alpha_pattern")}
+        digest.update(json.dumps(scale, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -9,16 +9,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_aso.tuner.checks import (
-    chain_obstacles,
-    changes_base,
-    check_adapter_name,
-    check_base_unchanged,
-    check_chain,
-    check_layers,
-    check_weights,
-)
-from peft_aso.tuner.history import HistoryError
+from peft_aso.tuner.checks import check_base_unchanged, check_layers, check_weights
+from peft_aso.tuner.history import HistoryError, chain_obstacles, changes_base, check_adapter_name, check_chain
 from tests.tiny_models import tiny
 from tests.tuner.chains import TASKS, chain, config_for
 
