@@ -33,7 +33,7 @@ def here(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, gathered from all processes (each has to ask); gradients go back to each one's part."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -53,7 +53,7 @@ class Rows:
             self._like = first
             self.matrices = {name: matrix.to_local() for name, matrix in matrices.items()}  # type: ignore[attr-defined]
         else:
-            self.matrices = {name: whole(matrix) for name, matrix in matrices.items()}
+            self.matrices = {name: full_tensor(matrix) for name, matrix in matrices.items()}
 
     def total(self, share: torch.Tensor) -> torch.Tensor:
         """The sum of what the processes' rows came to; its gradient is that of this process's share, in its rows."""
@@ -87,7 +87,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for table, name, weight in places:
             if id(weight) not in held:  # a tied weight stays one
                 with torch.inference_mode(False), torch.no_grad():
-                    held[id(weight)] = nn.Parameter(whole(weight.detach()), requires_grad=weight.requires_grad)
+                    held[id(weight)] = nn.Parameter(full_tensor(weight.detach()), requires_grad=weight.requires_grad)
             table[name] = held[id(weight)]
         yield
     finally:

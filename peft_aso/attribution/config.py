@@ -44,7 +44,7 @@ class AttributionConfig:
             "example as many points as it takes for the change of P to come out right to a part 1/m."
         },
     )
-    neurons: str | list[str] | None = field(
+    neurons: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "The modules whose inputs are the FFN neurons: a regular expression that matches the whole module "

@@ -1,6 +1,7 @@
 """The tuner: LoRA adapters with a history, inside PEFT's own API."""
 
-from .config import ASOLoraConfig, AttributionConfig
+from ..attribution.config import AttributionConfig
+from .config import ASOLoraConfig
 from .history import HistoryError, MissingHistoryError, TaskHistory
 from .model import ASOLoraModel
 

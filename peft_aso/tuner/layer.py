@@ -1,55 +1,34 @@
-"""What the tuner reads from and writes to one LoRA layer of PEFT's, whatever kind it is of."""
+"""PEFT's LoRA layers on top of a frozen history.
+
+`HistoryLinear` is PEFT's linear LoRA layer that can run with base weight + history as one weight ("folded"). Other
+layer types, and weights that cannot be folded, add the history as one low-rank pair ("stacked"). The base weight is
+never written to, except by merging.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
-from .kept import tensor_state
-from .low_rank import LowRank
+from .history import TaskHistory
+from .low_rank import MERGES, LowRank, sum_updates
 
-_DOWN = ("lora_A", "lora_embedding_A")
 UNSUPPORTED_LAYERS = (MultiheadAttention, ParamWrapper)
+_FOLDABLE = (nn.Linear, Conv1D)
+_EXACT = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
 
 
-def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without what lies in the adapters: as quick with 100 adapters as with one."""
-    seen: set[nn.Module] = set()
-    to_visit: list[tuple[str, nn.Module]] = [("", model)]
-    while to_visit:
-        name, module = to_visit.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield name, module
-        parts: dict[str, Any] = module._modules
-        if isinstance(module, LoraLayer):
-            parts = {"base_layer": module.base_layer}
-        prefix = f"{name}." if name else ""
-        to_visit += [(prefix + part, child) for part, child in reversed(parts.items()) if child is not None]
-
-
-def freeze_names(
-    layer: LoraLayer, frozen: Collection[str], before: Collection[str], fixed: Collection[str] = ()
-) -> None:
-    """Declare the weights of the adapters in `frozen` as frozen, and A of those in `fixed`, through PEFT's own door.
-
-    Args:
-        layer: a layer to which the history is attached.
-        frozen: adapters that never train.
-        before: those for which this was called the last time; what PEFT's own variants declared about an
-            adapter that is in `before` only holds again.
-        fixed: adapters of which B alone trains.
-    """
-    names: dict[str, tuple[str, ...]] = layer.frozen_peft_weight_names
-    own = layer.declared_frozen | {name: parts for name, parts in names.items() if name not in before}
-    own |= {name: tuple(dict.fromkeys((*own.get(name, ()), *_DOWN))) for name in fixed}
-    layer.declared_frozen = {name: parts for name, parts in own.items() if name in layer.scaling}
-    layer.frozen_peft_weight_names = layer.declared_frozen | dict.fromkeys(frozen, layer.adapter_layer_names)
+# ---- what a LoRA layer holds ---------------------------------------------------------------------------------------
 
 
 def adapters_in(layer: LoraLayer, names: Iterable[str]) -> list[str]:
@@ -59,58 +38,287 @@ def adapters_in(layer: LoraLayer, names: Iterable[str]) -> list[str]:
 
 
 def matrices_of(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lora_A` `(r, in, ...)` and `lora_B` `(out, r, ...)` of one adapter, whatever kind the layer is of."""
-    parts = layer._modules  # asked for each adapter of each layer: past torch's slow attributes
-    down = parts["lora_A"]._modules.get(name)
-    if down is not None:
-        return _weight(down), _weight(parts["lora_B"]._modules[name])
+    """`lora_A` `(r, in, ...)` and `lora_B` `(out, r, ...)` of one adapter."""
+    if name in layer.lora_A._modules:
+        return layer.lora_A[name].weight, layer.lora_B[name].weight
     return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-
-
-def all_matrices_of(layer: LoraLayer, names: Sequence[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """`matrices_of` each adapter: all `lora_A`, all `lora_B`. Quick where there are hundreds."""
-    down, up = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
-    try:
-        return [down[name]._parameters["weight"] for name in names], [up[name]._parameters["weight"] for name in names]
-    except KeyError:  # an embedding, or a weight that torch's parametrizations make
-        pairs = [matrices_of(layer, name) for name in names]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
-def _weight(module: Any) -> torch.Tensor:
-    weight: torch.Tensor | None = module._parameters.get("weight")
-    return module.weight if weight is None else weight  # torch's parametrizations make it when it is asked for
-
-
-def tensors_of(layer: LoraLayer, name: str) -> tuple[torch.Tensor, ...]:
-    """All tensors of one adapter: A, B and, with `lora_bias`, B's bias."""
-    if layer.lora_bias.get(name, False):
-        return (*matrices_of(layer, name), layer.lora_B[name].bias)
-    return matrices_of(layer, name)
-
-
-def subspace_of(layer: LoraLayer, name: str) -> torch.Tensor:
-    """A of one adapter as rows `(r, in)`: the subspace of the task (convolutions flattened)."""
-    return matrices_of(layer, name)[0].flatten(1)
-
-
-def fingerprint(layer: LoraLayer, names: Sequence[str]) -> tuple[Any, ...]:
-    """Changes whenever the weights, the scale, the dtype or the place of one of the adapters changed."""
-    return tuple((name, layer.scaling[name], *map(tensor_state, tensors_of(layer, name))) for name in names)
-
-
-def combine_biases(layer: LoraLayer, names: Sequence[str], weights: Sequence[float], combined: str) -> None:
-    """Set the bias of the adapter `combined` to the weighted sum of what the others' biases add."""
-    parts = [
-        layer.lora_B[name].bias.detach() * layer.scaling[name] * weight
-        for name, weight in zip(names, weights, strict=True)
-        if layer.lora_bias.get(name, False)
-    ]
-    if parts:
-        layer.lora_B[combined].bias.data = torch.stack(parts).sum(0)
 
 
 def low_rank(layer: LoraLayer, name: str) -> LowRank:
     """One adapter's update of a layer, without gradients; convolutions flattened."""
     A, B = matrices_of(layer, name)
     return LowRank(A.detach().flatten(1), B.detach().flatten(1), float(layer.scaling[name]))
+
+
+def bias_of(layer: LoraLayer, names: Iterable[str]) -> torch.Tensor | None:
+    """`(out,)`: the sum of the named adapters' scaled LoRA biases; None if they have none."""
+    biased = [name for name in names if layer.lora_bias.get(name, False)]
+    terms = [layer.lora_B[name].bias.detach() * layer.scaling[name] for name in biased]
+    return torch.stack(terms).sum(0) if terms else None
+
+
+def freeze_history(layer: LoraLayer, history: Collection[str], fixed: Collection[str]) -> None:
+    """Declare adapters that are history, and A of those in `fixed`, as frozen through PEFT's
+    `frozen_peft_weight_names`.
+
+    PEFT's own variants declare weights there too (MiCA's B). They follow ours in an adapter's entry, so that they are
+    left when the adapter is no history any more.
+    """
+    every = layer.adapter_layer_names
+    names = {
+        adapter: parts[len(every) :] if parts[: len(every)] == every else parts
+        for adapter, parts in layer.frozen_peft_weight_names.items()
+    }
+    for adapter in fixed:
+        names[adapter] = tuple(dict.fromkeys((*names.get(adapter, ()), "lora_A", "lora_embedding_A")))
+    for adapter in history:
+        names[adapter] = (*every, *names.get(adapter, ()))
+    names = {adapter: parts for adapter, parts in names.items() if parts and adapter in layer.scaling}
+    if names != layer.frozen_peft_weight_names:
+        layer.frozen_peft_weight_names = names
+    layer._freeze_non_trainable_peft_weights()
+
+
+# ---- the history in the forward pass -------------------------------------------------------------------------------
+
+
+class Stacked(NamedTuple):
+    """Several adapters of one layer as one: `x @ A.T @ B.T + bias`."""
+
+    A: torch.Tensor  # (R, in), R = sum of the ranks
+    B: torch.Tensor  # (out, R), each adapter's scale multiplied in
+    bias: torch.Tensor | None  # (out,), if an adapter has lora_bias
+
+
+class Folded(NamedTuple):
+    """A layer's weight with adapters folded into it: `x @ weight.T + bias`."""
+
+    weight: torch.Tensor  # (out, in)
+    bias: torch.Tensor | None  # (out,), the base layer's and the adapters'
+
+
+def _stack(layer: LoraLayer, names: Sequence[str], dtype: torch.dtype | None) -> Stacked:
+    A, B, _ = sum_updates([low_rank(layer, name) for name in names])
+    bias = bias_of(layer, names)
+    if dtype is None:
+        return Stacked(A, B, bias)
+    return Stacked(A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _fold(layer: Any, names: Sequence[str]) -> Folded:
+    base = layer.base_layer
+    transposed = isinstance(base, Conv1D)
+    A, B, _ = sum_updates([low_rank(layer, name) for name in names])
+    weight = base.weight.detach().T if transposed else base.weight.detach()
+    bias, more = base.bias, bias_of(layer, names)
+    if more is not None:
+        bias = more if bias is None else bias + more
+    return Folded(add_product(weight, A, B), bias)
+
+
+def add_product(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, sign: int = 1) -> torch.Tensor:
+    """`weight + sign * B @ A` `(out, in)`, summed in float32 (float64) and rounded once to the weight's dtype."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+    with _no_autocast(weight.device.type):
+        return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=sign).to(weight.dtype)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """What is cached is computed in full precision, also if the first forward pass runs under autocast."""
+    return (
+        torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+    )
+
+
+def half_autocast(device_type: str) -> torch.dtype | None:
+    """The half precision of autocast at the moment, or None."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype if dtype in _HALF else None
+
+
+def can_fold(layer: Any) -> bool:
+    """Whether the layer can run with another weight in place of its base layer's."""
+    base = layer.base_layer
+    weight = base._parameters.get("weight") if type(base) in _FOLDABLE else None
+    # quantized, sharded and fake tensors are classes of their own; an offloaded weight is on the meta device
+    if type(weight) is not nn.Parameter or weight.dtype not in (*_EXACT, *_HALF) or weight.is_meta:
+        return False
+    replaced = "forward" in base.__dict__ or base._compiled_call_impl is not None or "_hf_hook" in layer.__dict__
+    return not (weight.requires_grad or replaced or base._forward_hooks or base._forward_pre_hooks)
+
+
+def _folded_for(layer: HistoryLinear, x: torch.Tensor, history: Sequence[str], active: Sequence[str]) -> Folded | None:
+    """Base weight, history and, inside `ASOLoraModel.folded`, active adapters as one weight; None if not possible."""
+    tasks: Any = layer.task_history
+    form = tasks.forms.get(active[0], "auto") if active else "auto"
+    fold_active = tasks.fold_active and not layer.training
+    if form == "stacked" and not fold_active or tasks.sharded or torch.compiler.is_compiling():
+        return None
+    if any(name in layer.lora_variant for name in active) or not can_fold(layer):
+        return None
+    rounds = layer.base_layer.weight.dtype not in _EXACT or half_autocast(x.device.type) is not None
+    if rounds and (form != "folded" or fold_active):
+        return None
+    names = adapters_in(layer, (*history, *active) if fold_active else history)
+    return _cached(layer, ("folded", tuple(names)), names, lambda: _fold(layer, names)) if names else None
+
+
+def _stacked_for(layer: Any, x: torch.Tensor, names: Sequence[str]) -> Stacked:
+    half = half_autocast(x.device.type) or (x.dtype if x.dtype in _HALF else None)
+    if torch.compiler.is_compiling():  # the graph reads the weights themselves
+        return _stack(layer, names, None)
+    if layer.task_history.sharded:  # gathered for this pass only
+        return _stack(layer, names, half)
+    return _cached(layer, ("stacked", tuple(names), half), names, lambda: _stack(layer, names, half))
+
+
+def _cached(layer: Any, key: tuple[Any, ...], names: Sequence[str], make: Callable[[], Any]) -> Any:
+    """`make()` for this generation of the history; scales can change without a call of the tuner."""
+
+    def without_gradients() -> Any:
+        # tensors made in inference mode could not be used in training afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+
+    return layer.task_history.cached(layer, (*key, [layer.scaling[name] for name in names]), without_gradients)
+
+
+def history_output(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor | None:
+    """The sum of the named frozen adapters' outputs for the layer's input `x`; None if none has weights here."""
+    names = adapters_in(layer, names)
+    if not names:
+        return None
+    if not layer.lora_embedding_A and not isinstance(layer.lora_A[names[0]], nn.Linear):  # a convolution
+        cast = layer._cast_input_dtype(x, layer.lora_A[names[0]].weight.dtype)
+        outputs = [layer.lora_B[name](layer.lora_A[name](cast)) * layer.scaling[name] for name in names]
+        return torch.stack(outputs).sum(0)
+    stacked = _stacked_for(layer, x, names)
+    if layer.lora_embedding_A:
+        output = F.linear(F.embedding(x, stacked.A.T), stacked.B)
+        scale = layer._get_embed_scale()
+        return output if scale is None else output * scale.to(output.dtype)
+    return F.linear(F.linear(layer._cast_input_dtype(x, stacked.A.dtype), stacked.A), stacked.B, stacked.bias)
+
+
+def add_history(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    """A layer's output plus its history's. A forward hook of every layer that is no `HistoryLinear`."""
+    if layer.disable_adapters or layer.merged:
+        return output
+    tasks: TaskHistory = layer.task_history
+    batch_names = kwargs.get("adapter_names")
+    history = tasks.in_forward(layer.active_adapters if batch_names is None else (), layer.training)
+    if not history and batch_names is None:
+        return output
+    x = args[0] if args else kwargs["x"]
+    if batch_names is None:
+        part = history_output(layer, x, history)
+        return output if part is None else output + part.to(output.dtype)
+    for name in dict.fromkeys(batch_names):  # a mixed batch: each row has the history of its own task
+        rows = torch.tensor([row for row, other in enumerate(batch_names) if other == name], device=output.device)
+        history = () if name == "__base__" else tasks.in_forward((name,), layer.training)
+        part = history_output(layer, x[rows.to(x.device)], history)
+        if part is not None:
+            output = output.index_add(0, rows, part.to(output.dtype))
+    return output
+
+
+class HistoryLinear(lora.Linear):
+    """`peft.tuners.lora.layer.Linear` on top of a frozen history."""
+
+    task_history: TaskHistory | None = None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer, the history and the active adapters: Eq. 3 with the sum over the tasks so far."""
+        tasks = self.task_history
+        if tasks is None or self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            output = super().forward(x, *args, **kwargs)
+            return output if tasks is None else add_history(self, (x,), kwargs, output)
+        active = self.active_adapters
+        history = tasks.in_forward(active, self.training)
+        folded = None
+        if (history or tasks.fold_active) and not args and not kwargs:
+            folded = _folded_for(self, x, history, active)
+        if folded is None:
+            output = super().forward(x, *args, **kwargs)
+            part = history_output(self, x, history) if history else None
+            return output if part is None else output + part.to(output.dtype)
+        output = F.linear(x, folded.weight, folded.bias)
+        if tasks.fold_active and not self.training:
+            return output
+        result = output
+        for name in adapters_in(self, active):
+            inputs = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            result = (
+                result + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](inputs))) * self.scaling[name]
+            )
+        return result.to(output.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's, with one product of all adapters' ranks and one rounding.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weights would hold NaN or Inf; this layer is as before then.
+        """
+        names = adapters_in(self, check_adapters_to_merge(self, adapter_names))
+        if self._mergeable_at_once(names):
+            self._add_to_base(names, 1, safe_merge)
+            self.merged_adapters.extend(names)
+        else:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """As PEFT's, with one product of all adapters' ranks."""
+        names = adapters_in(self, self.merged_adapters)
+        if self._mergeable_at_once(names):
+            self._add_to_base(names, -1, False)
+            self.merged_adapters.clear()
+        else:
+            super().unmerge()
+
+    def _mergeable_at_once(self, names: Sequence[str]) -> bool:
+        base = self.base_layer
+        weight = base._parameters.get("weight") if type(base) in _FOLDABLE else None
+        if len(names) < 2 or type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
+            return False
+        biased = any(self.lora_bias[name] for name in names)
+        return not any(name in self.lora_variant for name in names) and not (biased and base.bias is None)
+
+    @torch.no_grad()
+    def _add_to_base(self, names: Sequence[str], sign: int, check: bool) -> None:
+        base = self.base_layer
+        merge = MERGES[self.task_history.merges[names[-1]]] if self.task_history is not None else sum_updates
+        A, B, _ = merge([low_rank(self, name) for name in names])
+        transposed, more = isinstance(base, Conv1D), bias_of(self, names)
+        weight = add_product(base.weight.T if transposed else base.weight, A, B, sign)
+        bias = base.bias if more is None else (base.bias + sign * more).to(base.bias.dtype)
+        if check and not all(part is None or torch.isfinite(part).all() for part in (weight, bias)):
+            broken = [name for name in names if not all(part.isfinite().all() for part in matrices_of(self, name))]
+            reason = (
+                f"The adapter {broken[0]} seems to be broken" if broken else "The sum of the adapters is too large"
+            )
+            raise ValueError(f"NaNs detected in the merged weights. {reason}")
+        base.weight.copy_(weight.T if transposed else weight)
+        if more is not None:
+            base.bias.copy_(bias)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HistoryLinear:
+        self._raise_generation()  # .to(), .half(), .cuda()
+        result: HistoryLinear = super()._apply(fn, recurse)
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._raise_generation()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _raise_generation(self) -> None:
+        if self.task_history is not None:
+            self.task_history.generation += 1
+
+
+def attach_history(layer: Any, tasks: TaskHistory) -> None:
+    """Make the layer add its history's output."""
+    if getattr(layer, "task_history", None) is None and not isinstance(layer, HistoryLinear):
+        layer.register_forward_hook(add_history, with_kwargs=True)
+    layer.task_history = tasks

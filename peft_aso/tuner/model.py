@@ -1,133 +1,158 @@
-"""`ASOLoraModel`: PEFT's LoRA tuner with a history.
+"""`ASOLoraModel`: PEFT's LoRA tuner with a history, the penalty of Eq. 7 and the soft coefficients of Eq. 6.
 
-An adapter's name stands for "this task on top of its history" wherever PEFT takes a name: activating a task
-activates its history in the forward pass, and merging it merges its history. The history is frozen, always:
-an adapter that is in some other adapter's history never trains.
+An adapter's name means "this task on top of its history" wherever PEFT takes a name: activating a task activates its
+history in the forward pass, and merging it merges its history. The history is frozen: an adapter that is in some other
+adapter's history never trains.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _check_adapters_not_merged
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from tqdm.auto import tqdm
 
-from .checks import check_base_unchanged, check_layers, check_weights
-from .history import HistoryError, TaskHistory, check_adapter_name, check_chain, check_new_task, settle_history
-from .layer import adapters_in, combine_biases, freeze_names, matrices_of, subspace_of
-from .linear import attach_history, with_folding
-from .orthogonality import project_out
-from .penalty import PenalisedTask
-from .persistence import ATTRIBUTION_KEY, check_attribution, tuner_of, with_attribution
-from .removal import remove_adapter
+from ..sharding import full_tensor, gathered, is_sharded, may_shard
+from .adapter_file import ATTRIBUTION_KEY, check_attribution, check_tensors, is_finite, tensors_of, weights_hash
+from .history import (
+    HistoryError,
+    TaskHistory,
+    adapter_of,
+    check_adapter_name,
+    check_base_unchanged,
+    check_chain,
+    check_task_name,
+    resolve_history,
+    task_name_of,
+)
+from .layer import (
+    UNSUPPORTED_LAYERS,
+    HistoryLinear,
+    adapters_in,
+    attach_history,
+    bias_of,
+    freeze_history,
+    low_rank,
+    matrices_of,
+)
+from .low_rank import LowRank
+from .penalties import ModuleGroup, group_modules, total_penalty
+from .starts import STARTS, needs_inputs
 
-# PEFT's classes for these tasks name the head in the config that they were given, once the tuner has made its copy
+# PEFT's model classes for these tasks name the head in the config that they were given, after the tuner has copied it
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-class ASOLoraModel(PenalisedTask):
+class ASOLoraModel(LoraModel):
     """A base model with one LoRA adapter a task; each task runs on top of its frozen history.
 
     Made by `get_peft_model(model, ASOLoraConfig(...))`, where it is `model.base_model`. Everything that
-    [`~peft.LoraModel`] does works; this class adds the history, the penalty of Eq. 7 and the coefficients of
-    Eq. 6.
+    [`~peft.LoraModel`] does works.
 
     Attributes:
         tasks (`TaskHistory`):
             Which adapters are the history of which.
-        replaced (`dict[str, set[str]]`):
-            Task -> SHA-256 of weights that `remove_task` or `update_task` took out: saving and pushing may drop them.
         attribution (`dict[str, torch.Tensor]`):
-            Adapter -> its stored attribution vector `(N,)`, the mean over its own task's probe. Saved with
-            it.
+            Adapter -> its stored attribution vector `(N,)`, the mean over its own task's probe. Saved with it.
+        removed_tasks (`set[str]`):
+            Tasks that `remove_task` took out: saving and pushing may drop them.
     """
 
-    # PEFT hands the bare base model back from inject_adapter_in_model; the history lives on this object, so
-    # that door must stay shut (PEFT raises an error that says so)
+    active_adapter: str | list[str]
+    # the history is on this object: inject_adapter_in_model, which returns the bare base model, is refused by PEFT
     uses_shared_state: bool = True
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
+        self.tasks = TaskHistory()
         self.attribution: dict[str, torch.Tensor] = {}
-        self.replaced: dict[str, set[str]] = {}
+        self.removed_tasks: set[str] = set()
+        self._loaded_hashes: dict[str, str] = {}  # of adapters as they were read from a file
+        self._without_weights: set[str] = set()  # added from a saved config, before their weights are loaded
+        # added by the user, before PEFT has settled their dtype -> what trained before
+        self._new: dict[str, list[nn.Parameter]] = {}
         self._adding_combined = False
         self._converting = False
-        self._without_weights: set[str] = set()  # added from a saved config; the weights come next
-        self._unprojected: set[str] = set()
 
-    # ---- adapters come and go ----------------------------------------------------------------------------
+    # ---- adding and deleting adapters ------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter (PEFT calls this from `get_peft_model`, `add_adapter` and `load_adapter`).
 
-        The model holds a copy of the config, with the history and the task's name written into it.
+        The model holds a copy of the config, with the task's name, the history and its hashes.
 
         Raises:
-            ValueError: the name cannot be used, or the adapter cannot be part of the chain (`HistoryError`).
-                The model is as before then.
+            ValueError: the name cannot be used, or the adapter cannot be part of the chain (`HistoryError`). The model
+                is as before then.
         """
-        # a copy, because people use one config for several adapters
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        _name_heads(config)
+        config = self.peft_config[adapter_name]
+        missing_heads = [h for h in _HEADS.get(config.task_type, ()) if h not in (config.modules_to_save or [])]
+        reused = any(other is config for name, other in self.peft_config.items() if name != adapter_name)
+        # with history=[] the model holds the object itself, as in PEFT
+        if config.history != [] or reused or missing_heads or self._adding_combined:
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        config._adapter_name = adapter_name
+        if missing_heads:
+            config.modules_to_save = [*(config.modules_to_save or []), *missing_heads]
         if self._adding_combined:
-            config.history, config.combined, config.task_name = [], True, None
-            config.soft_coefficients = config.similarities = config.attribution_layout = None
-            config.peft_aso_version = None
+            config.history, config.combined, config.task_name, config.peft_aso_version = [], True, None, None
+        new = config.peft_aso_version is None
+        if new and (config.history != [] or config.combined):
+            config.soft_coefficients = config.similarities = config.attribution_layout = config.history_hashes = None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            self._check_addition(adapter_name, model)
+            check_adapter_name(adapter_name, model)
+            resolve_history(adapter_name, self.peft_config)
+            if new and not config.combined:
+                check_task_name(task_name_of(adapter_name, config), model, self.peft_config)
+            if not self._converting:
+                check_base_unchanged(adapter_name, self.peft_config)
+            tasks = TaskHistory()
+            tasks.refresh(self.peft_config)
+            chains = {name: tasks.histories[name] for name in (adapter_name, *tasks.dependents(adapter_name))}
+            for name, history in chains.items():
+                check_chain(name, history, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            for task, history in self._chains_with(adapter_name):
-                check_layers(self.lora_layers(), task, history)
+            for name, history in chains.items():
+                _check_layers(self.lora_layers(), name, history)
             self._sync_history()
-            if config.project_init and config.peft_aso_version is None:
-                self._project_init(adapter_name)  # with "inputs" as well: A is outside of the span until they are seen
-                self._unprojected.add(adapter_name)  # once more when its dtype is settled
-        except Exception:  # whatever PEFT raised half-way: the model is as before, and the error goes on
+            if new and config.history:
+                holders = {task: adapter_of(task, self.peft_config, adapter_name) for task in config.history}
+                config.history_hashes = {task: self.adapter_hash(str(name)) for task, name in holders.items()}
+        except Exception:  # whatever PEFT raised: the model is as before, and the error goes on
             self._take_out(adapter_name, trained)
             raise
-        if config.peft_aso_version is not None:
+        if new:
+            self._new[adapter_name] = trained
+        else:
             self._without_weights.add(adapter_name)
         if adapter_name in self.tasks.missing:
             warnings.warn(
-                f"The adapter {adapter_name!r} was trained on top of "
-                f"{list(self.tasks.missing[adapter_name])}, which this model does not hold yet. Load them "
-                "before running it (peft_aso.load_chain loads a whole chain); until then its forward pass is "
-                "an error.",
+                f"The adapter {adapter_name!r} was trained on top of {list(self.tasks.missing[adapter_name])}, which "
+                "are not loaded yet. Load them before running it (peft_aso.load_chain loads a whole chain); until "
+                "then its forward pass is an error.",
                 stacklevel=3,
             )
 
     @staticmethod
     def _create_new_module(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        return with_folding(PenalisedTask._create_new_module(config, adapter_name, target, **kwargs))
-
-    def _check_addition(self, adapter_name: str, model: nn.Module) -> None:
-        """Everything that can be refused before the model is touched."""
-        check_adapter_name(adapter_name, model)
-        settle_history(adapter_name, self.peft_config)
-        config = self.peft_config[adapter_name]
-        if config.peft_aso_version is None and not config.combined:
-            check_new_task(config.task_name, model, self.peft_config)
-        if not self._converting:
-            check_base_unchanged(adapter_name, self.peft_config)
-        for task, history in self._chains_with(adapter_name):
-            check_chain(task, history, self.peft_config)
-
-    def _chains_with(self, adapter_name: str) -> list[tuple[str, tuple[str, ...]]]:
-        """Each adapter that is this one or has it in its history, and its history as far as it is here."""
-        tasks = TaskHistory()
-        tasks.refresh(self.peft_config)
-        names = [adapter_name, *tasks.dependents(adapter_name)]
-        return [(name, tasks.histories[name]) for name in names]
+        module: nn.Module = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+        if type(module) is lora.Linear:
+            module.__class__ = HistoryLinear
+        return module
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter that no other adapter is built on. Of an active one, its predecessor is active
+        """Delete an adapter that no other adapter is built on. If it is active, the last task of its history is active
         next.
 
         Raises:
@@ -136,43 +161,39 @@ class ASOLoraModel(PenalisedTask):
         dependents = self.tasks.dependents(adapter_name)
         if dependents:
             raise HistoryError(
-                f"{adapter_name!r} cannot be deleted: {', '.join(map(repr, dependents))} was trained on top "
-                "of it. Delete those first (the newest first)."
+                f"{adapter_name!r} cannot be deleted: {', '.join(map(repr, dependents))} was trained on top of it. "
+                "Delete those first (the newest first), or take the task out with peft_aso.remove_task."
             )
-        active = [name for name in self.active_adapters if name != adapter_name]
-        remaining = [name for name in self.peft_config if name != adapter_name]
-        succeeded = adapter_name in self.active_adapters and not active and bool(remaining)
-        if succeeded:
+        previous = self.tasks.histories.get(adapter_name, ())[-1:]
+        if list(self.active_adapters) == [adapter_name] and previous:
             _check_adapters_not_merged(self.model, adapter_name)
-            previous = [name for name in self.tasks.histories[adapter_name] if name in remaining]
-            active = [(previous or remaining)[-1]]
             warnings.warn(
-                f"The active adapter {adapter_name!r} is deleted; {active[0]!r} is active now.", stacklevel=2
+                f"The active adapter {adapter_name!r} is deleted; {previous[0]!r} is active now.", stacklevel=2
             )
-            self.set_adapter(active[0])  # left to themselves, layers with other adapters choose another one
+            self.set_adapter(previous[0])
+        else:
+            previous = ()
         super().delete_adapter(adapter_name)
         self._forget(adapter_name)
-        if succeeded:
-            self.set_adapter(active[0])  # it was frozen as the history of the deleted one
+        if previous:
+            self.set_adapter(previous[0])  # it was frozen as the history of the deleted one
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """As `LoraModel.add_weighted_adapter`, on the named adapters' own weights (without their history).
 
-        The new adapter is no task: its history is empty and it never becomes another task's history by
-        itself. With `lora_bias`, its bias is the weighted sum of theirs.
+        The new adapter is no task: its history is empty and it never becomes another task's history by default. With
+        `lora_bias`, its bias is the weighted sum of theirs.
 
         Raises:
             ValueError: adapters with and without `lora_bias` are mixed.
         """
         if adapter_name in self.peft_config:
             return
-        biased = {bool(self.peft_config[name].lora_bias) for name in adapters if name in self.peft_config}
-        if len(biased) > 1:
+        if len({bool(self.peft_config[name].lora_bias) for name in adapters if name in self.peft_config}) > 1:
             raise ValueError(
-                f"{adapters} cannot be combined: some have lora_bias and some do not. Combine those that "
-                "have it, and those that do not, apart from each other."
+                f"{adapters} cannot be combined: some have lora_bias and some do not. Combine adapters of one kind."
             )
         self._adding_combined = True
         try:
@@ -181,22 +202,91 @@ class ASOLoraModel(PenalisedTask):
             self._adding_combined = False
         # the weights are combined for a scale of 1; a copied use_rslora would make that r / sqrt(r)
         self.peft_config[adapter_name].use_rslora = False
-        for layer in self.lora_layers().values():
-            if adapters_in(layer, [adapter_name]):
-                layer.scaling[adapter_name] = 1.0
-                layer.use_rslora[adapter_name] = False
-                combine_biases(layer, adapters, weights, adapter_name)
+        for layer in self.lora_layers([adapter_name]).values():
+            layer.scaling[adapter_name], layer.use_rslora[adapter_name] = 1.0, False
+            biases = [(bias_of(layer, [name]), weight) for name, weight in zip(adapters, weights, strict=True)]
+            terms = [bias * weight for bias, weight in biases if bias is not None]
+            if terms:
+                layer.lora_B[adapter_name].bias.data = torch.stack(terms).sum(0)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate a task on top of its history. Only the task trains, and only if nothing is built on it."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        # whoever activates an adapter uses it as it is: a load that fails later must not take it out
-        self._without_weights -= {adapter_name} if isinstance(adapter_name, str) else set(adapter_name)
+    def add_loaded_adapters(
+        self, adapters: Mapping[str, tuple[Any, Mapping[str, torch.Tensor]]], autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Add saved adapters with their weights, frozen. What is active and what trains does not change.
 
-    def _take_out(self, adapter_name: str, trained: list[torch.nn.Parameter]) -> None:
-        """Remove an adapter whose adding or loading failed; `trained` trains afterwards, nothing else."""
+        PEFT's `add_adapter` walks the whole model several times for each adapter, so that loading T of them takes a
+        time that grows with T^2. Here each layer gets its adapters on the meta device, then their tensors, and what
+        concerns the whole model is done once.
+
+        Args:
+            adapters: name -> its config and its tensors (file key -> tensor), oldest first, checked against the model.
+                Only adapters that are nothing but `lora_A` and `lora_B` of linear or convolution layers.
+            autocast_adapter_dtype: as in PEFT: float32 weights where the base layer is in half precision.
+
+        Raises:
+            HistoryError: a history that cannot be. The model is as before then, as after any other error.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        prefix = "base_model.model."
+        try:
+            for name, (config, _) in adapters.items():
+                self.peft_config[name] = copy.deepcopy(config)
+                resolve_history(name, self.peft_config)
+            bar = tqdm(adapters.items(), desc="Loading tasks", leave=False, disable=len(adapters) < 5)
+            for name, (config, tensors) in bar:
+                empty = copy.copy(config)
+                empty.init_lora_weights, empty.inference_mode = False, True
+                targets: dict[str, list[str]] = {}
+                for key in sorted(key for key in tensors if ".lora_" in key):
+                    targets.setdefault(key.removeprefix(prefix).partition(".lora_")[0], []).append(key)
+                for target, keys in targets.items():
+                    module = self.model.get_submodule(target)
+                    parent, _, child = target.rpartition(".")
+                    with torch.device("meta"):
+                        self._create_and_replace(
+                            empty, name, module, child, self.model.get_submodule(parent), current_key=target
+                        )
+                    layer = self.model.get_submodule(target)
+                    if layer is not module:
+                        layer.set_adapter(self.active_adapters, inference_mode=True)
+                    device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+                    for key in keys:
+                        matrix, _, leaf = key.removeprefix(f"{prefix}{target}.").partition(".")
+                        tensor = tensors[key]
+                        dtype = dtype if dtype is not None and dtype.is_floating_point else tensor.dtype
+                        own = torch.float32 if autocast_adapter_dtype and dtype.itemsize < 4 else dtype
+                        weight = nn.Parameter(tensor.to(device, own), requires_grad=False)
+                        setattr(getattr(layer, matrix)[name], leaf, weight)
+                self.peft_config[name].fan_in_fan_out = empty.fan_in_fan_out  # PEFT corrects it for the layer's type
+                known = set(self.targeted_module_names)
+                self.targeted_module_names.extend(target for target in targets if target not in known)
+                if ATTRIBUTION_KEY in tensors and config.attribution_layout:
+                    self.attribution[name] = tensors[ATTRIBUTION_KEY].detach().float().cpu()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            self._sync_history()
+        except BaseException:  # Ctrl-C in a notebook too, where the model lives on
+            for name in adapters:
+                self._take_out(name, trained)
+            raise
+
+    def _take_out(self, adapter_name: str, trained: Iterable[nn.Parameter]) -> None:
+        """Remove an adapter whose adding or loading failed, and layers made for it; `trained` trains afterwards."""
         self.peft_config.pop(adapter_name, None)
-        remove_adapter(self.model, adapter_name, list(self.active_adapters))
+        active = [name for name in self.active_adapters if name != adapter_name]
+        for module in list(self.model.modules()):
+            if isinstance(module, LoraLayer) and adapter_name in module._all_available_adapter_names():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about the adapter that PEFT activates, which is undone here
+                    module.delete_adapter(adapter_name)
+                module._active_adapter = list(active)
+            elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+                module.delete_adapter(adapter_name, new_active_adapters=active)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and not module._get_available_adapters():
+                parent, _, child = name.rpartition(".")
+                original = module.base_layer if isinstance(module, LoraLayer) else module.original_module
+                setattr(self.model.get_submodule(parent), child, original)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         for parameter in trained:
@@ -204,50 +294,428 @@ class ASOLoraModel(PenalisedTask):
         self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
-        """Drop what is kept about an adapter that is gone."""
+        """Drop what is stored about a deleted adapter."""
         self.attribution.pop(adapter_name, None)
-        self._coefficients.forget(adapter_name)
+        self._loaded_hashes.pop(adapter_name, None)
         self._without_weights.discard(adapter_name)
-        self._unprojected.discard(adapter_name)
+        self._new.pop(adapter_name, None)
         self._sync_history()
 
     def _sync_history(self) -> None:
-        """After adapters came or went: resolve names, tell the layers, freeze the history."""
-        before = self.tasks.frozen
+        """After adapters were added or deleted: resolve names, attach the history to the layers, freeze it."""
         self.tasks.refresh(self.peft_config)
         for layer in self.lora_layers().values():
             attach_history(layer, self.tasks)
-            freeze_names(layer, self.tasks.frozen, before, self.tasks.fixed)
-        self._groups.clear()
         self._freeze_history()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's last step of adding and of loading an adapter."""
+        """PEFT's last step of adding and of loading an adapter: A starts here, in its final dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if adapter_name in self._unprojected:
-            self._unprojected.discard(adapter_name)
-            self._project_init(adapter_name)
+        self.tasks.generation += 1
+        trained = self._new.pop(adapter_name, None)
+        if trained is not None and self.peft_config[adapter_name].project_init:
+            try:
+                self._start_a(adapter_name)
+            except ValueError:
+                self._take_out(adapter_name, trained)
+                raise
         self._freeze_history()  # the cast makes new parameters, some of which train
 
-    def _project_init(self, adapter_name: str) -> None:
-        """Project A out of the span of the history's A."""
-        for layer in self.lora_layers().values():
-            history = adapters_in(layer, self.tasks.histories[adapter_name])
-            if history and adapters_in(layer, [adapter_name]):
-                rows = [subspace_of(layer, name) for name in history]
-                matrix = matrices_of(layer, adapter_name)[0]
-                if matrix.device.type != "meta":
-                    with torch.no_grad():
-                        matrix.copy_(project_out(matrix.flatten(1), rows).view_as(matrix))
+    @torch.no_grad()
+    def _start_a(self, adapter_name: str) -> None:
+        """Start A outside of the history's span; a start that needs the task's inputs follows in the training."""
+        project = self.peft_config[adapter_name].project_init
+        start = STARTS["random" if project is True or needs_inputs(project) else project]
+        for layer in self.lora_layers([adapter_name]).values():
+            A = matrices_of(layer, adapter_name)[0]
+            if A.device.type != "meta":
+                history = [low_rank(layer, old) for old in adapters_in(layer, self.tasks.histories[adapter_name])]
+                A.copy_(start(A.flatten(1), history).view_as(A))
 
-    # ---- saving and loading: the attribution vector travels with the adapter ------------------------------
+    # ---- what is active, what trains -------------------------------------------------------------------------------
+
+    def lora_layers(self, names: Collection[str] | None = None) -> dict[str, LoraLayer]:
+        """Module name (as in the base model) -> LoRA layer, in the model's order; with one of `names`, if given."""
+        found: dict[str, LoraLayer] = {}
+        _collect_layers(self.model, "", found, set())
+        return found if names is None else {name: each for name, each in found.items() if adapters_in(each, names)}
+
+    def _wrappers(self) -> list[Any]:
+        """The modules that have an active adapter of their own: LoRA layers, copied heads, trained tokens."""
+        found: dict[str, Any] = {}
+        _collect_layers(self.model, "", found, set(), (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        return list(found.values())
+
+    def _freeze_history(self) -> None:
+        frozen, fixed = self.tasks.frozen, self.tasks.fixed
+        for module in self._wrappers():
+            if isinstance(module, LoraLayer):
+                freeze_history(module, frozen, fixed)
+            elif frozen and isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_requires_grad(list(frozen), False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate a task on top of its history. Only the task trains, and only if nothing is built on it."""
+        self.tasks.refresh(self.peft_config)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in () if inference_mode else names:
+            self._loaded_hashes.pop(name, None)  # it may train
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._without_weights -= set(names)  # whoever activates an adapter uses it as it is
+        self._freeze_history()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As PEFT's; the history stays frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_history()
+
+    def enable_adapter_layers(self) -> None:
+        """As PEFT's; the history stays frozen."""
+        super().enable_adapter_layers()
+        self._freeze_history()
+
+    def refresh_history(self) -> None:
+        """Compute anew what is cached of the history's weights, after a write into them by hand."""
+        self.tasks.generation += 1
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ASOLoraModel:
+        self.tasks.generation += 1  # .to(), .half(), .cuda()
+        result: ASOLoraModel = super()._apply(fn, recurse)
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.tasks.generation += 1
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def current_task(self) -> str:
+        """The active adapter.
+
+        Raises:
+            ValueError: not exactly one adapter is active.
+        """
+        if len(self.active_adapters) != 1:
+            raise ValueError(
+                f"This needs exactly one active task, and {self.active_adapters} are active. Call set_adapter."
+            )
+        return self.active_adapters[0]
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """The adapters of the current task's history, oldest first."""
+        return self.tasks.histories[self.current_task]
+
+    def task_name(self, adapter_name: str) -> str:
+        """The task that an adapter holds, as saved in its config."""
+        return task_name_of(adapter_name, self.peft_config[adapter_name])
+
+    # ---- other models of the same weights --------------------------------------------------------------------------
+
+    @contextmanager
+    def only(self, adapter_name: str) -> Iterator[None]:
+        """Inside the context the model is base + this adapter alone (Eq. 2).
+
+        Active adapters are as before afterwards; `requires_grad` is not touched.
+
+        Raises:
+            ValueError: no such adapter (the adapter's name, if the task's differs), or merged adapters.
+        """
+        with self._temporarily(adapter_name, alone=True):
+            yield
+
+    @contextmanager
+    def through(self, adapter_name: str) -> Iterator[None]:
+        """Inside the context the model is as it stood when this task ended: base, history and adapter.
+
+        Raises:
+            ValueError: as `only`.
+        """
+        with self._temporarily(adapter_name, alone=False):
+            yield
+
+    @contextmanager
+    def _temporarily(self, adapter_name: str, alone: bool) -> Iterator[None]:
+        self._check_names([adapter_name])
+        if self.is_merged:
+            raise ValueError("The adapters are merged into the base weights. Call model.unmerge_adapter() first.")
+        active, was_alone = self.active_adapter, self.tasks.alone
+        with self._active_in_layers([adapter_name], adapter_name):
+            try:
+                self.active_adapter, self.tasks.alone = adapter_name, alone
+                yield
+            finally:
+                self.active_adapter, self.tasks.alone = active, was_alone
+
+    @contextmanager
+    def _active_in_layers(self, names: list[str], head: str | None) -> Iterator[None]:
+        """Inside the context these adapters are active in all LoRA layers, and the heads are those of `head`."""
+        modules = self._wrappers()
+        before = [module._active_adapter for module in modules]
+        try:
+            for module in modules:
+                if isinstance(module, LoraLayer):
+                    module._active_adapter = list(names)
+                elif head is not None:
+                    module._active_adapter = head if head in module._get_available_adapters() else []
+            yield
+        finally:
+            for module, active in zip(modules, before, strict=True):
+                module._active_adapter = active
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside the context, and in evaluation mode, each linear layer runs as one product: base weight, history and
+        active adapters in one matrix. For repeated evaluation.
+
+        No gradient reaches the adapter's weights inside; gradients to activations are as ever. Layers for which one
+        matrix is not the same sum in float32 (half precision, quantized weights, embeddings, DoRA) run as usual.
+        `only` and `through` work inside and around. The matrices are freed at the end.
+        """
+        before, self.tasks.fold_active = self.tasks.fold_active, True
+        try:
+            yield
+        finally:
+            self.tasks.fold_active = before
+            self.tasks.drop_cached(self.lora_layers().values())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 shards the weights. Ask outside of a forward pass, in which they are gathered."""
+        if may_shard() and not self.tasks.sharded:
+            matrices = (matrices_of(layer, name)[0] for layer in self.lora_layers().values() for name in layer.r)
+            self.tasks.sharded = any(is_sharded(matrix) for matrix in matrices)
+        return self.tasks.sharded
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Inside the context each process has all weights, and parts of the model can be called one by one.
+
+        All processes enter it together; it takes the memory of the model in each. Without FSDP2 nothing happens.
+        """
+        if not self.is_sharded:
+            yield
+            return
+        self.tasks.sharded = False
+        try:
+            with gathered(self.model):
+                yield
+        finally:
+            self.tasks.drop_cached(self.lora_layers().values())
+            self.tasks.sharded = True
+
+    # ---- penalty (Eq. 5-7) and soft coefficients (Eq. 6) -----------------------------------------------------------
+
+    @property
+    def soft_coefficients(self) -> dict[str, Any]:
+        """psi of each earlier adapter for the current task (Eq. 6): `{"dbpedia": 0.37}`; 1.0 before the first update.
+
+        With one psi a layer, each value is a list over the layers.
+        """
+        saved = self.peft_config[self.current_task].soft_coefficients or {}
+        psi = {name: saved.get(self.task_name(name)) for name in self.history}
+        return dict.fromkeys(psi, 1.0) if None in psi.values() else psi
+
+    def set_soft_coefficients(self, psi: Mapping[str, Any], similarities: Mapping[str, Any] | None = None) -> None:
+        """Set psi of the current task in its config.
+
+        Args:
+            psi: adapter or task name -> psi (a number, or one number a layer), for each task of the history.
+            similarities: the w that psi came from, likewise.
+
+        Raises:
+            ValueError: a task of the history is missing in `psi`, an unknown one is in it, a value is not finite, or
+            the
+                numbers of values do not agree with each other or with the model's layers.
+        """
+        config = self.peft_config[self.current_task]
+        named = {adapter_of(name, self.peft_config) or name: value for name, value in psi.items()}
+        if set(named) != set(self.history):
+            raise ValueError(
+                f"psi is given for {sorted(named)}, and the history of {self.current_task!r} is {list(self.history)}. "
+                "Give one value for each task of the history."
+            )
+        rows = {name: torch.as_tensor(named[name], dtype=torch.float64).detach().cpu() for name in self.history}
+        same = len({row.shape for row in rows.values()}) <= 1 and all(row.dim() <= 1 for row in rows.values())
+        if not same or not all(torch.isfinite(row).all() for row in rows.values()):
+            raise ValueError(
+                "psi must be finite: one number a task, or the same count of numbers (one a layer) for each task; got "
+                f"{[row.tolist() for row in rows.values()]}."
+            )
+        if rows and next(iter(rows.values())).dim() == 1:
+            self._layers_of_modules(len(next(iter(rows.values()))))
+        config.soft_coefficients = {self.task_name(name): row.tolist() for name, row in rows.items()}
+        if similarities is not None:
+            w = {adapter_of(name, self.peft_config) or name: value for name, value in similarities.items()}
+            config.similarities = {self.task_name(name): w[name] for name in self.history if name in w}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def orthogonality_penalty(self) -> torch.Tensor:
+        """Eq. 7 for the current task (or another registered penalty), without lambda, which is
+        `peft_config[task].resolved_penalty_weight`: a float32 scalar with gradients to the task's A; 0 without
+        history.
+
+        Raises:
+            MissingHistoryError: a task of the history is not loaded.
+            HistoryError: an earlier task shares no module with the current one.
+        """
+        task = self.current_task
+        self.tasks.require([task])
+        layers = self.lora_layers([task])
+        new = {}
+        for name, layer in layers.items():
+            A, B = matrices_of(layer, task)
+            new[name] = LowRank(full_tensor(A).flatten(1), full_tensor(B).flatten(1), layer.scaling[task])
+        device = next(iter(new.values())).A.device
+        if not self.history:
+            return torch.zeros((), device=device)
+        groups = self.tasks.cached(self, task, lambda: self._group_history(layers, new))
+        psi = torch.tensor(list(self.soft_coefficients.values()), device=device, dtype=torch.float32)
+        by_layer = self._layers_of_modules(psi.shape[1]) if psi.dim() == 2 else None
+        return total_penalty(self.peft_config[task].penalty, groups, new, psi, by_layer)
+
+    def _group_history(self, layers: Mapping[str, LoraLayer], new: Mapping[str, LowRank]) -> list[ModuleGroup]:
+        self.check_shared_modules()
+        sharded = self.is_sharded
+
+        def factors(layer: LoraLayer, name: str) -> LowRank:
+            A, B, scale = low_rank(layer, name)
+            return LowRank(full_tensor(A), full_tensor(B), scale) if sharded else LowRank(A, B, scale)
+
+        order = {name: index for index, name in enumerate(self.history)}
+        # tensors made in inference mode could not be used in training afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            history = {
+                name: [(order[old], factors(layer, old)) for old in adapters_in(layer, order)]
+                for name, layer in layers.items()
+            }
+            return group_modules(new, history)
+
+    def _layers_of_modules(self, count: int) -> dict[str, int]:
+        """LoRA module -> the layer (of `count`) of the attribution vector in the same block.
+
+        Modules outside of all blocks belong to the nearest end: a head to the last layer, embeddings to the first.
+        """
+        layout = self.peft_config[self.current_task].attribution_layout or []
+        modules = list(self.lora_layers())
+        blocks = list(dict.fromkeys(_block_of(entry[0]) for entry in layout or [[name] for name in modules]))
+        if len(blocks) != count:
+            raise ValueError(
+                f"psi has {count} values a task, and the model has {len(blocks)} layers. Give one a layer."
+            )
+        found = {}
+        for name in modules:
+            inside = [index for index, block in enumerate(blocks) if f"{name}.".startswith(block)]
+            head = any(part in name for part in ("head", "score", "classifier"))
+            found[name] = inside[0] if inside else count - 1 if head else 0
+        return found
+
+    def check_shared_modules(self) -> None:
+        """Raise `HistoryError` if a task of the history shares no module with the current task."""
+        task = self.current_task
+        layers = self.lora_layers([task]).values()
+        for old in self.history:
+            if not any(adapters_in(layer, [old]) for layer in layers):
+                raise HistoryError(
+                    f"{old!r} and {task!r} have no module in common, so there is nothing to hold orthogonal. Give "
+                    f"{task!r} a target module of {old!r}, leave {old!r} out of its history, or set penalty_weight=0."
+                )
+
+    def norm_penalty(self) -> torch.Tensor:
+        """The sum of the norms of the current adapter's matrices: O-LoRA's second term, weighted by `l2_weight`."""
+        matrices = [
+            m
+            for layer in self.lora_layers([self.current_task]).values()
+            for m in matrices_of(layer, self.current_task)
+        ]
+        return torch.stack([torch.linalg.vector_norm(full_tensor(matrix).float()) for matrix in matrices]).sum()
+
+    # ---- merging (Eq. 3) -------------------------------------------------------------------------------------------
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether any adapter is merged into the base weights."""
+        return any(layer.merged for layer in self.lora_layers().values())
+
+    @contextmanager
+    def _history_active(self, adapter_names: list[str] | None) -> Iterator[list[str] | None]:
+        """Let PEFT's merging, which takes the active adapters, see the tasks and their history.
+
+        Yields:
+            the `adapter_names` for PEFT: as given where no history is involved.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names={adapter_names!r}: give a list of names, [{adapter_names!r}].")
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._check_names(names)
+        self.tasks.require(names)
+        self.tasks.generation += 1
+        expanded = self.tasks.expand(names)
+        if expanded == names:  # layers may have other adapters active, and PEFT merges those
+            yield adapter_names
+            return
+        heads = [name for name in expanded if name not in names and self.peft_config[name].modules_to_save]
+        if heads:
+            warnings.warn(
+                f"modules_to_save of {heads} are left out of the merged model: task heads are not summed, the merged "
+                f"model has the one of {names}.",
+                stacklevel=4,
+            )
+        with self._active_in_layers(expanded, names[-1] if adapter_names else None):
+            yield None
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge tasks with their history into the base weights (Eq. 3); `None`: the active task.
+
+        Raises:
+            ValueError: an unknown adapter.
+            MissingHistoryError: a task of the history is not loaded.
+        """
+        with self._history_active(adapter_names) as names:
+            super().merge_adapter(adapter_names=names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters out of the base weights again."""
+        self.tasks.generation += 1
+        super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if not merge:
+            return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        with self._history_active(adapter_names) as names:
+            return super()._unload_and_optionally_merge(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=names
+            )
+
+    def _check_names(self, adapter_names: Sequence[str]) -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {', '.join(map(repr, unknown))}. The model holds: "
+                f"{', '.join(map(repr, self.peft_config)) or 'none'}."
+            )
+
+    # ---- saving and loading ----------------------------------------------------------------------------------------
+
+    def adapter_hash(self, adapter_name: str) -> str:
+        """SHA-256 of an adapter's LoRA tensors as float32 and of its scale, see `weights_hash`."""
+        layers = self.lora_layers([adapter_name])
+        tensors = {name: full_tensor(tensor) for name, tensor in tensors_of(layers, adapter_name).items()}
+        return weights_hash(tensors, self.peft_config[adapter_name])
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        return with_attribution(state_dict, tuner_of(model), adapter_name)
+        tuner = tuner_of(model)
+        vector = tuner.attribution.get(adapter_name) if tuner is not None else None
+        return state_dict if vector is None else {**state_dict, ATTRIBUTION_KEY: vector.detach().cpu()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -258,34 +726,63 @@ class ASOLoraModel(PenalisedTask):
         tuner = tuner_of(model)
         fresh = tuner is not None and adapter_name in tuner._without_weights
         try:
-            check_weights(remapped, model, adapter_name, complete=fresh)
+            for key, value in remapped.items():
+                if isinstance(value, torch.Tensor) and not is_finite(value):
+                    raise ValueError(
+                        f"The weights of adapter {adapter_name!r} hold NaN or Inf ({key}). The file is damaged or the "
+                        "training diverged; use an earlier checkpoint."
+                    )
+            shapes = {key: value.shape for key, value in model.state_dict().items()}
+            if not config.history:  # other shapes are left to PEFT and its ignore_mismatched_sizes
+                shapes.update({key: value.shape for key, value in remapped.items() if key in shapes})
+            check_tensors(remapped, shapes, adapter_name, complete=fresh)
             if vector is not None and (fresh or config.attribution_layout):
                 check_attribution(adapter_name, config.attribution_layout, vector)
+            if tuner is not None:
+                tensors = {key: value for key, value in state_dict.items() if ".lora_" in key}
+                tuner._take_hash(adapter_name, weights_hash(tensors, tuner.peft_config[adapter_name]), check=fresh)
         except ValueError:
             if tuner is not None and fresh and len(tuner.peft_config) > 1:
-                trained = [parameter for parameter in tuner.model.parameters() if parameter.requires_grad]
-                tuner._take_out(adapter_name, trained)
+                tuner._take_out(adapter_name, [p for p in tuner.model.parameters() if p.requires_grad])
             raise
         if tuner is not None:
-            tuner._take_weights(adapter_name, vector)
+            tuner._take_attribution(adapter_name, vector)
         return remapped
 
-    def _take_weights(self, adapter_name: str, vector: torch.Tensor | None) -> None:
-        """The adapter's weights are about to be loaded: take the file's attribution vector."""
+    def _take_hash(self, adapter_name: str, found: str, check: bool = True) -> None:
+        """Store the hash of an adapter that is being loaded, and compare it with those in the chain's configs.
+
+        Raises:
+            HistoryError: a task of the chain was trained on top of other weights, or another scale.
+        """
+        if check:
+            for name in (adapter_name, *self.tasks.dependents(adapter_name)):
+                expected = self.peft_config[name].history_hashes or {}
+                for old in self.tasks.histories[name]:
+                    if old in self._without_weights and old != adapter_name:
+                        continue  # it is checked when its weights are loaded
+                    here = found if old == adapter_name else self._loaded_hashes.get(old) or self.adapter_hash(old)
+                    if expected.get(self.task_name(old), here) != here:
+                        raise HistoryError(
+                            f"{name!r} was trained on top of other weights of {self.task_name(old)!r} than those of "
+                            f"the adapter {old!r} (SHA-256 {here[:12]}, expected "
+                            f"{expected[self.task_name(old)][:12]}). Load the version that it was trained on."
+                        )
+        self._loaded_hashes[adapter_name] = found
+
+    def _take_attribution(self, adapter_name: str, vector: torch.Tensor | None) -> None:
+        """Take the attribution vector from an adapter's file, whose weights are about to be loaded."""
         self._without_weights.discard(adapter_name)
         self.attribution.pop(adapter_name, None)
-        if vector is None:
-            return
-        if not self.peft_config[adapter_name].attribution_layout:
+        if vector is not None and self.peft_config[adapter_name].attribution_layout:
+            self.attribution[adapter_name] = vector.detach().float().cpu()
+        elif vector is not None:
             # the weights replace those of an adapter that is here already, and its config is not read again
             warnings.warn(
-                f"The attribution vector in the file is left out: the config of {adapter_name!r} in this "
-                "model does not say which neurons it belongs to. Delete the adapter before loading it, to "
-                "have both.",
+                f"The attribution vector in the file is ignored: the config of {adapter_name!r} in this model has no "
+                "attribution_layout. Delete the adapter before loading it, to have both.",
                 stacklevel=2,
             )
-            return
-        self.attribution[adapter_name] = vector.detach().float().cpu()
 
     @classmethod
     def _convert_state_dict_for_initial_model(
@@ -293,8 +790,8 @@ class ASOLoraModel(PenalisedTask):
         peft_model: Any,
         peft_config: Any,
         path_initial_model_for_weight_conversion: str,
-        output_state_dict: dict[str, torch.Tensor],
-        kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         # save_pretrained does this for adapters of the type LORA only
         peft_config.init_lora_weights = True
@@ -305,42 +802,49 @@ class ASOLoraModel(PenalisedTask):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".* both hold the task")
                 converted: dict[str, torch.Tensor] = super()._convert_state_dict_for_initial_model(
-                    peft_model,
-                    peft_config,
-                    path_initial_model_for_weight_conversion,
-                    output_state_dict,
-                    kwargs,
+                    peft_model, peft_config, path_initial_model_for_weight_conversion, *args, **kwargs
                 )
         finally:
             tuner._converting = False
         return converted
 
 
-def _name_heads(config: Any) -> None:
-    """Name the task's head among the modules that are trained and saved whole."""
-    named = list(config.modules_to_save or [])
-    missing = [head for head in _HEADS.get(config.task_type, ()) if head not in named]
-    if missing:
-        config.modules_to_save = named + missing
+def tuner_of(model: nn.Module) -> ASOLoraModel | None:
+    """The `ASOLoraModel` in a PEFT model, which may be wrapped by torch.compile or a data-parallel module."""
+    if isinstance(model, ASOLoraModel):
+        return model
+    children = dict(model.named_children())
+    inside = (children[name] for name in ("_orig_mod", "module", "base_model") if name in children)
+    return next((tuner for tuner in map(tuner_of, inside) if tuner is not None), None)
 
 
-def weights_hash(weights: Mapping[str, torch.Tensor], config: Any = None) -> str:
-    """SHA-256 of an adapter's values as float32, in the order of the tensors' names, and of its scale.
+def _check_layers(layers: Mapping[str, LoraLayer], adapter: str, history: Sequence[str]) -> None:
+    """Refuse layer types whose output is not the base layer's plus the adapter's."""
+    for name, layer in layers.items():
+        if history and isinstance(layer, UNSUPPORTED_LAYERS) and adapters_in(layer, [*history, adapter]):
+            raise HistoryError(
+                f"{name} is a {type(layer).__name__}, which cannot have a history. Leave it out of target_modules, or "
+                f"add {adapter!r} with history=[]."
+            )
 
-    The dtype in which they are kept is left out (PEFT changes it when it loads), and so is the attribution vector.
 
-    Args:
-        weights: file key -> tensor.
-        config: the adapter's, whose scale is hashed too. None: the values alone (`chain.json` of format version 1).
-    """
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        if name == ATTRIBUTION_KEY:
-            continue
-        values = weights[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {list(values.shape)}\n".encode())
-        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
-    if config is not None:
-        scale = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora", "alpha_pattern")}
-        digest.update(json.dumps(scale, sort_keys=True).encode())
-    return digest.hexdigest()
+def _collect_layers(
+    module: nn.Module, name: str, found: dict[str, Any], seen: set[int], kinds: Any = LoraLayer
+) -> None:
+    """Modules of the given kinds by name, without a walk into the adapters, whose number grows with the tasks."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, kinds):
+        found[name] = module
+    parts = {"base_layer": module.base_layer} if isinstance(module, LoraLayer) else module._modules
+    for child_name, child in parts.items():
+        if child is not None:
+            _collect_layers(child, f"{name}.{child_name}" if name else child_name, found, seen, kinds)
+
+
+def _block_of(name: str) -> str:
+    """`"model.layers.3.mlp.down_proj"` -> `"model.layers.3."`: the name up to its first number."""
+    parts = name.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) + "." if numbered else f"{name}."
