@@ -116,11 +116,11 @@ def _fold(layer: Any, names: Sequence[str]) -> Folded:
     return Folded(add_product(weight, A, B), bias)
 
 
-def add_product(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, sign: int = 1) -> torch.Tensor:
-    """`weight + sign * B @ A` `(out, in)`, summed in float32 (float64) and rounded once to the weight's dtype."""
+def add_product(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factor: float = 1) -> torch.Tensor:
+    """`weight + factor * B @ A` `(out, in)`, summed in float32 (float64) and rounded once to the weight's dtype."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     with _no_autocast(weight.device.type):
-        return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=sign).to(weight.dtype)
+        return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=factor).to(weight.dtype)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -262,7 +262,7 @@ class HistoryLinear(lora.Linear):
             ValueError: with `safe_merge`, the merged weights would hold NaN or Inf; this layer is as before then.
         """
         names = adapters_in(self, check_adapters_to_merge(self, adapter_names))
-        if self._mergeable_at_once(names):
+        if len(names) > 1 and self.can_merge_at_once(names):
             self._add_to_base(names, 1, safe_merge)
             self.merged_adapters.extend(names)
         else:
@@ -271,27 +271,28 @@ class HistoryLinear(lora.Linear):
     def unmerge(self) -> None:
         """As PEFT's, with one product of all adapters' ranks."""
         names = adapters_in(self, self.merged_adapters)
-        if self._mergeable_at_once(names):
+        if len(names) > 1 and self.can_merge_at_once(names):
             self._add_to_base(names, -1, False)
             self.merged_adapters.clear()
         else:
             super().unmerge()
 
-    def _mergeable_at_once(self, names: Sequence[str]) -> bool:
+    def can_merge_at_once(self, names: Sequence[str]) -> bool:
+        """Whether the named adapters are plain low-rank updates of a floating point weight."""
         base = self.base_layer
         weight = base._parameters.get("weight") if type(base) in _FOLDABLE else None
-        if len(names) < 2 or type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
             return False
-        biased = any(self.lora_bias[name] for name in names)
+        biased = any(self.lora_bias.get(name, False) for name in names)
         return not any(name in self.lora_variant for name in names) and not (biased and base.bias is None)
 
     @torch.no_grad()
     def _add_to_base(self, names: Sequence[str], sign: int, check: bool) -> None:
         base = self.base_layer
         merge = MERGES[self.task_history.merges[names[-1]]] if self.task_history is not None else sum_updates
-        A, B, _ = merge([low_rank(self, name) for name in names])
+        A, B, scale = merge([low_rank(self, name) for name in names])
         transposed, more = isinstance(base, Conv1D), bias_of(self, names)
-        weight = add_product(base.weight.T if transposed else base.weight, A, B, sign)
+        weight = add_product(base.weight.T if transposed else base.weight, A, B, sign * scale)
         bias = base.bias if more is None else (base.bias + sign * more).to(base.bias.dtype)
         if check and not all(part is None or torch.isfinite(part).all() for part in (weight, bias)):
             broken = [name for name in names if not all(part.isfinite().all() for part in matrices_of(self, name))]

@@ -653,6 +653,17 @@ class ASOLoraModel(LoraModel):
         if expanded == names:  # layers may have other adapters active, and PEFT merges those
             yield adapter_names
             return
+        layers = self.lora_layers(expanded)
+        others = [
+            name
+            for name, layer in layers.items()
+            if not (isinstance(layer, HistoryLinear) and layer.can_merge_at_once(adapters_in(layer, expanded)))
+        ]
+        if others and self.tasks.merges[names[-1]] != "sum":
+            raise ValueError(
+                f"merge={self.tasks.merges[names[-1]]!r} merges linear layers only, and there is {others[0]}. Use "
+                "peft_aso.export_merged."
+            )
         heads = [name for name in expanded if name not in names and self.peft_config[name].modules_to_save]
         if heads:
             warnings.warn(
