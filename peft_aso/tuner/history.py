@@ -328,9 +328,9 @@ def chain_obstacles(config: Any) -> Iterator[str]:
     """Reasons why an adapter with this config can be neither history nor built on a history."""
     if changes_base(config):
         yield (
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which all tasks share "
-            "(train it with another initialisation, or convert it with save_pretrained("
-            "path_initial_model_for_weight_conversion=...))"
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which all tasks share (train "
+            "with another initialisation, or convert a stock LoRA adapter with PEFT's "
+            "path_initial_model_for_weight_conversion and take it in with load_history)"
         )
     if config.bias != "none":
         yield f"bias={config.bias!r} trains the base model's biases, which all tasks share"

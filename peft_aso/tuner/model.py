@@ -82,7 +82,6 @@ class ASOLoraModel(LoraModel):
         # added by the user, before PEFT has settled their dtype -> what trained before
         self._new: dict[str, list[nn.Parameter]] = {}
         self._adding_combined = False
-        self._converting = False
 
     # ---- adding and deleting adapters ------------------------------------------------------------------------------
 
@@ -115,8 +114,7 @@ class ASOLoraModel(LoraModel):
             resolve_history(adapter_name, self.peft_config)
             if new and not config.combined:
                 check_task_name(task_name_of(adapter_name, config), model, self.peft_config)
-            if not self._converting:
-                check_base_unchanged(adapter_name, self.peft_config)
+            check_base_unchanged(adapter_name, self.peft_config)
             tasks = TaskHistory()
             tasks.refresh(self.peft_config)
             chains = {name: tasks.histories[name] for name in (adapter_name, *tasks.dependents(adapter_name))}
@@ -794,30 +792,6 @@ class ASOLoraModel(LoraModel):
                 "attribution_layout. Delete the adapter before loading it, to have both.",
                 stacklevel=2,
             )
-
-    @classmethod
-    def _convert_state_dict_for_initial_model(
-        cls,
-        peft_model: Any,
-        peft_config: Any,
-        path_initial_model_for_weight_conversion: str,
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        # save_pretrained does this for adapters of the type LORA only
-        peft_config.init_lora_weights = True
-        peft_config.save_pretrained(path_initial_model_for_weight_conversion)
-        tuner = peft_model.base_model
-        tuner._converting = True
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".* both hold the task")
-                converted: dict[str, torch.Tensor] = super()._convert_state_dict_for_initial_model(
-                    peft_model, peft_config, path_initial_model_for_weight_conversion, *args, **kwargs
-                )
-        finally:
-            tuner._converting = False
-        return converted
 
 
 def tuner_of(model: nn.Module) -> ASOLoraModel | None:
