@@ -7,7 +7,8 @@ never written to, except by merging.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,11 +16,12 @@ import torch
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .history import TaskHistory
+from .history import HistoryError, TaskHistory
 from .low_rank import MERGES, LowRank, sum_updates
 
 UNSUPPORTED_LAYERS = (MultiheadAttention, ParamWrapper)
@@ -55,6 +57,53 @@ def bias_of(layer: LoraLayer, names: Iterable[str]) -> torch.Tensor | None:
     biased = [name for name in names if layer.lora_bias.get(name, False)]
     terms = [layer.lora_B[name].bias.detach() * layer.scaling[name] for name in biased]
     return torch.stack(terms).sum(0) if terms else None
+
+
+def collect_layers(
+    module: nn.Module, name: str, found: dict[str, Any], seen: set[int], kinds: Any = LoraLayer
+) -> None:
+    """Modules of the given kinds by name, without a walk into the adapters, whose number grows with the tasks."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, kinds):
+        found[name] = module
+    parts = {"base_layer": module.base_layer} if isinstance(module, LoraLayer) else module._modules
+    for child_name, child in parts.items():
+        if child is not None:
+            collect_layers(child, f"{name}.{child_name}" if name else child_name, found, seen, kinds)
+
+
+def check_layers(layers: Mapping[str, LoraLayer], adapter: str, history: Sequence[str]) -> None:
+    """Refuse layer types whose output is not the base layer's plus the adapter's."""
+    for name, layer in layers.items():
+        if history and isinstance(layer, UNSUPPORTED_LAYERS) and adapters_in(layer, [*history, adapter]):
+            raise HistoryError(
+                f"{name} is a {type(layer).__name__}, which cannot have a history. Leave it out of target_modules, or "
+                f"add {adapter!r} with history=[]."
+            )
+
+
+def remove_adapter(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None:
+    """Remove an adapter from all modules, and the layers that were made for it alone.
+
+    Args:
+        model: the base model, with PEFT's layers in it.
+        active: the adapters that are active afterwards.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, LoraLayer) and adapter_name in module._all_available_adapter_names():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the adapter that PEFT activates, which is undone here
+                module.delete_adapter(adapter_name)
+            module._active_adapter = list(active)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            module.delete_adapter(adapter_name, new_active_adapters=list(active))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and not module._get_available_adapters():
+            parent, _, child = name.rpartition(".")
+            original = module.base_layer if isinstance(module, LoraLayer) else module.original_module
+            setattr(model.get_submodule(parent), child, original)
 
 
 def freeze_history(layer: LoraLayer, history: Collection[str], fixed: Collection[str]) -> None:

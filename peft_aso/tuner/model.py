@@ -36,17 +36,19 @@ from .history import (
     task_name_of,
 )
 from .layer import (
-    UNSUPPORTED_LAYERS,
     HistoryLinear,
     adapters_in,
     attach_history,
     bias_of,
+    check_layers,
+    collect_layers,
     freeze_history,
     low_rank,
     matrices_of,
+    remove_adapter,
 )
 from .low_rank import LowRank
-from .penalties import ModuleGroup, group_modules, total_penalty
+from .penalties import ModuleGroup, group_modules, layers_of_modules, total_penalty
 from .starts import STARTS, needs_inputs
 
 # PEFT's model classes for these tasks name the head in the config that they were given, after the tuner has copied it
@@ -122,7 +124,7 @@ class ASOLoraModel(LoraModel):
                 check_chain(name, history, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for name, history in chains.items():
-                _check_layers(self.lora_layers(), name, history)
+                check_layers(self.lora_layers(), name, history)
             self._sync_history()
             if new and config.history:
                 holders = {task: adapter_of(task, self.peft_config, adapter_name) for task in config.history}
@@ -271,20 +273,7 @@ class ASOLoraModel(LoraModel):
     def _take_out(self, adapter_name: str, trained: Iterable[nn.Parameter]) -> None:
         """Remove an adapter whose adding or loading failed, and layers made for it; `trained` trains afterwards."""
         self.peft_config.pop(adapter_name, None)
-        active = [name for name in self.active_adapters if name != adapter_name]
-        for module in list(self.model.modules()):
-            if isinstance(module, LoraLayer) and adapter_name in module._all_available_adapter_names():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about the adapter that PEFT activates, which is undone here
-                    module.delete_adapter(adapter_name)
-                module._active_adapter = list(active)
-            elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-                module.delete_adapter(adapter_name, new_active_adapters=active)
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and not module._get_available_adapters():
-                parent, _, child = name.rpartition(".")
-                original = module.base_layer if isinstance(module, LoraLayer) else module.original_module
-                setattr(self.model.get_submodule(parent), child, original)
+        remove_adapter(self.model, adapter_name, [name for name in self.active_adapters if name != adapter_name])
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         for parameter in trained:
@@ -335,13 +324,13 @@ class ASOLoraModel(LoraModel):
     def lora_layers(self, names: Collection[str] | None = None) -> dict[str, LoraLayer]:
         """Module name (as in the base model) -> LoRA layer, in the model's order; with one of `names`, if given."""
         found: dict[str, LoraLayer] = {}
-        _collect_layers(self.model, "", found, set())
+        collect_layers(self.model, "", found, set())
         return found if names is None else {name: each for name, each in found.items() if adapters_in(each, names)}
 
     def _wrappers(self) -> list[Any]:
         """The modules that have an active adapter of their own: LoRA layers, copied heads, trained tokens."""
         found: dict[str, Any] = {}
-        _collect_layers(self.model, "", found, set(), (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        collect_layers(self.model, "", found, set(), (BaseTunerLayer, AuxiliaryTrainingWrapper))
         return list(found.values())
 
     def _freeze_history(self) -> None:
@@ -540,7 +529,7 @@ class ASOLoraModel(LoraModel):
                 f"{[row.tolist() for row in rows.values()]}."
             )
         if rows and next(iter(rows.values())).dim() == 1:
-            self._layers_of_modules(len(next(iter(rows.values()))))
+            self._layers(len(next(iter(rows.values()))))
         config.soft_coefficients = {self.task_name(name): row.tolist() for name, row in rows.items()}
         if similarities is not None:
             w = {adapter_of(name, self.peft_config) or name: value for name, value in similarities.items()}
@@ -568,7 +557,7 @@ class ASOLoraModel(LoraModel):
             return torch.zeros((), device=device)
         groups = self.tasks.cached(self, task, lambda: self._group_history(layers, new))
         psi = torch.tensor(list(self.soft_coefficients.values()), device=device, dtype=torch.float32)
-        by_layer = self._layers_of_modules(psi.shape[1]) if psi.dim() == 2 else None
+        by_layer = self._layers(psi.shape[1]) if psi.dim() == 2 else None
         return total_penalty(self.peft_config[task].penalty, groups, new, psi, by_layer)
 
     def _group_history(self, layers: Mapping[str, LoraLayer], new: Mapping[str, LowRank]) -> list[ModuleGroup]:
@@ -588,24 +577,9 @@ class ASOLoraModel(LoraModel):
             }
             return group_modules(new, history)
 
-    def _layers_of_modules(self, count: int) -> dict[str, int]:
-        """LoRA module -> the layer (of `count`) of the attribution vector in the same block.
-
-        Modules outside of all blocks belong to the nearest end: a head to the last layer, embeddings to the first.
-        """
+    def _layers(self, count: int) -> dict[str, int]:
         layout = self.peft_config[self.current_task].attribution_layout or []
-        modules = list(self.lora_layers())
-        blocks = list(dict.fromkeys(_block_of(entry[0]) for entry in layout or [[name] for name in modules]))
-        if len(blocks) != count:
-            raise ValueError(
-                f"psi has {count} values a task, and the model has {len(blocks)} layers. Give one a layer."
-            )
-        found = {}
-        for name in modules:
-            inside = [index for index, block in enumerate(blocks) if f"{name}.".startswith(block)]
-            head = any(part in name for part in ("head", "score", "classifier"))
-            found[name] = inside[0] if inside else count - 1 if head else 0
-        return found
+        return layers_of_modules(list(self.lora_layers()), layout, count)
 
     def check_shared_modules(self) -> None:
         """Raise `HistoryError` if a task of the history shares no module with the current task."""
@@ -801,35 +775,3 @@ def tuner_of(model: nn.Module) -> ASOLoraModel | None:
     children = dict(model.named_children())
     inside = (children[name] for name in ("_orig_mod", "module", "base_model") if name in children)
     return next((tuner for tuner in map(tuner_of, inside) if tuner is not None), None)
-
-
-def _check_layers(layers: Mapping[str, LoraLayer], adapter: str, history: Sequence[str]) -> None:
-    """Refuse layer types whose output is not the base layer's plus the adapter's."""
-    for name, layer in layers.items():
-        if history and isinstance(layer, UNSUPPORTED_LAYERS) and adapters_in(layer, [*history, adapter]):
-            raise HistoryError(
-                f"{name} is a {type(layer).__name__}, which cannot have a history. Leave it out of target_modules, or "
-                f"add {adapter!r} with history=[]."
-            )
-
-
-def _collect_layers(
-    module: nn.Module, name: str, found: dict[str, Any], seen: set[int], kinds: Any = LoraLayer
-) -> None:
-    """Modules of the given kinds by name, without a walk into the adapters, whose number grows with the tasks."""
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if isinstance(module, kinds):
-        found[name] = module
-    parts = {"base_layer": module.base_layer} if isinstance(module, LoraLayer) else module._modules
-    for child_name, child in parts.items():
-        if child is not None:
-            _collect_layers(child, f"{name}.{child_name}" if name else child_name, found, seen, kinds)
-
-
-def _block_of(name: str) -> str:
-    """`"model.layers.3.mlp.down_proj"` -> `"model.layers.3."`: the name up to its first number."""
-    parts = name.split(".")
-    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbered[0] + 1]) + "." if numbered else f"{name}."

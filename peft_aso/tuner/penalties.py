@@ -172,3 +172,34 @@ def total_penalty(
                     terms.append(penalty.function(new[module], old, by_module[group.tasks, column]))
     home = psi.device
     return torch.stack([term.float().to(home) for term in terms]).sum() if terms else torch.zeros((), device=home)
+
+
+def layers_of_modules(modules: Sequence[str], layout: Sequence[Sequence[Any]], count: int) -> dict[str, int]:
+    """LoRA module -> the layer of the same block, for psi with one value a layer.
+
+    Modules outside of all blocks belong to the nearest end: a head to the last layer, embeddings to the first.
+
+    Args:
+        modules: names of LoRA modules.
+        layout: `[module, start, stop]` of each layer of the attribution vector; empty: the modules' own blocks.
+        count: the number of values that psi has for each task.
+
+    Raises:
+        ValueError: `count` is not the number of layers.
+    """
+    blocks = list(dict.fromkeys(_block_of(name) for name in ([entry[0] for entry in layout] or modules)))
+    if len(blocks) != count:
+        raise ValueError(f"psi has {count} values a task, and the model has {len(blocks)} layers. Give one a layer.")
+    found = {}
+    for name in modules:
+        inside = [index for index, block in enumerate(blocks) if f"{name}.".startswith(block)]
+        head = any(part in name for part in ("head", "score", "classifier"))
+        found[name] = inside[0] if inside else count - 1 if head else 0
+    return found
+
+
+def _block_of(name: str) -> str:
+    """`"model.layers.3.mlp.down_proj"` -> `"model.layers.3."`: the name up to its first number."""
+    parts = name.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) + "." if numbered else f"{name}."
