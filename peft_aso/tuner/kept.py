@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..sharding import here
+from .sharding_shim import here
 
 T = TypeVar("T")
 

@@ -10,13 +10,13 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..sharding import Rows, whole
 from .active import ActiveTask
 from .history import HistoryError, adapter_of, holder_of, task_name_of
 from .kept import GLANCE, NotCopied, Watch, give_back
 from .layer import adapters_in, matrices_of, subspace_of
 from .orthogonality import FrozenGroup, group_history, norm_penalty, orthogonality_penalty
 from .psi import CoefficientStore, layers_of_blocks
+from .sharding_shim import Rows, whole
 
 
 @dataclass
