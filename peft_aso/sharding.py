@@ -62,9 +62,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for table, name, weight in sharded:
             table[name] = weight
         for current, before in hooks:
-            others = dict(current)  # of other owners: in their old places, new ones last, removed ones gone
+            new = dict(current)
             current.clear()
-            current.update({key: hook for key, hook in before.items() if key in others or _is_fsdp(hook)} | others)
+            current.update(before | new)  # in their old order, what was registered inside last
 
 
 def _remove_fsdp_hooks(model: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:

@@ -28,12 +28,9 @@ def test_the_member_is_like_pefts_own() -> None:
     assert isinstance(member, PeftType) and member == "ASO_LORA" and member.name == member.value == "ASO_LORA"
     assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is copy.copy(member) is member
     assert json.loads(json.dumps({"type": member})) == {"type": "ASO_LORA"}
-    assert {member: 1}[PeftType("ASO_LORA")] == 1 and hash(member) == hash("ASO_LORA")
     assert repr(member) == repr(PeftType.LORA).replace("LORA", "ASO_LORA")
     with pytest.raises(ValueError):
         PeftType("ASO_LORA_2")
-    with pytest.raises(AttributeError):
-        PeftType.ASO_LORA = "other"
 
 
 def test_registering_again_changes_nothing() -> None:
