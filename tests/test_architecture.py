@@ -15,11 +15,11 @@ PACKAGE = "peft_aso"
 # ours. A package's `__init__.py` comes right after its modules.
 ORDER = """
 sharding, metrics < plots
-attribution: config, quadrature, similarity, vector < neurons < answer < integrated_gradients, shared_attention < fast
+attribution: config, vector < quadrature, similarity, neurons < answer < integrated_gradients, shared_attention < fast
 tuner: config, low_rank < penalties, starts < history < layer < model
 registration
-training: coefficients, init_from_inputs < callback < trainer
-chain: manifest < save < load < hub, export
+training: coefficients < callback, init_from_inputs < trainer
+chain: manifest < save, export < hub < load
 cli
 """
 LEVELS: dict[str, int] = {}
