@@ -2,9 +2,8 @@
 
     python tests/compat.py [--only oldest,3.12] [--work .venv-compat] [--tests tests/tuner]
 
-Environments are made by uv where it is installed (it shares what it downloads), otherwise by venv and pip. One whose
-Python is not on this machine is left out and named. Results are added to docs/results/compat.json, from which the
-table in docs/compatibility.md is made.
+An environment whose Python is not on this machine is left out and named. Results are added to
+docs/results/compat.json, from which the table in docs/compatibility.md is made.
 """
 
 from __future__ import annotations
@@ -42,15 +41,11 @@ def find_python(version: str) -> str | None:
 
 def make(folder: Path, python: str, wanted: list[str]) -> str:
     """An environment with these packages; returns its interpreter. One that exists is used as it is."""
-    inside, uv = str(folder / "bin" / "python"), shutil.which("uv")
+    inside = str(folder / "bin" / "python")
     if (folder / "made").exists():
         return inside
-    if uv is not None and not any("==2.13.0" in name for name in wanted):
-        subprocess.run([uv, "venv", "--clear", "--python", python, str(folder)], check=True)
-        install = [uv, "pip", "install", "--python", inside]
-    else:
-        subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [inside, "-m", "pip", "install", "--disable-pip-version-check"]
+    subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+    install = [inside, "-m", "pip", "install", "--disable-pip-version-check"]
     first = [name for name in wanted if name.startswith("torch==")]
     if first:  # before anything can require another build of it
         subprocess.run([*install, *first], check=True)

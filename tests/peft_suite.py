@@ -1,7 +1,7 @@
-"""PEFT's own LoRA tests, once with its `LoraConfig` and once with `ASOLoraConfig(history=[])` in its place.
+"""PEFT's own LoRA tests with its `LoraConfig` and with `ASOLoraConfig(history=[])` in its place: `make test-peft`.
 
-`make test-peft` runs it with PEFT's source archive (the installed package has no tests): `tests/test_custom_models.py`
-twice, then what passes with stock LoRA only. The file is the script, and the pytest plugin of both runs.
+It runs `tests/test_custom_models.py` from PEFT's source archive twice and prints what passes with stock LoRA only.
+This file is the script, and the pytest plugin of both runs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import types
 from collections import Counter
 from functools import partialmethod
@@ -23,8 +23,7 @@ from typing import Any
 import peft
 import transformers  # noqa: F401  (it looks for diffusers when it is imported: before there is a stub)
 
-HERE = Path(__file__).resolve()
-OUTCOMES: dict[str, str] = {}
+HERE, OUTCOMES = Path(__file__).resolve(), {}
 
 
 def pytest_configure() -> None:
@@ -64,7 +63,7 @@ def pytest_sessionfinish() -> None:
 
 def outcomes(which: str, root: Path) -> dict[str, str]:
     """Test -> "passed", "failed" or "skipped", with `"stock"` LoRA or with `"ours"`."""
-    path = os.pathsep.join(map(str, (HERE.parent, HERE.parents[1])))
+    path = f"{HERE.parent}{os.pathsep}{HERE.parents[1]}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "peft_suite", "-c", os.devnull, "--rootdir", "."]
     with (root / f"{which}.log").open("w") as log:
         environment = {**os.environ, "PEFT_SUITE": which, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -74,11 +73,10 @@ def outcomes(which: str, root: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     archive = Path(sys.argv[1]).resolve()
-    with tarfile.open(archive) as file:
-        file.extractall(archive.parent, filter="data")
-    folder = archive.parent / archive.name.removesuffix(".tar.gz")
+    shutil.unpack_archive(archive, archive.parent, filter="data")
+    folder = archive.with_name(archive.name.removesuffix(".tar.gz"))
     (folder / "tests" / "__init__.py").touch()  # its tests import one another relatively
     stock, ours = outcomes("stock", folder), outcomes("ours", folder)
-    print(f"stock LoRA: {dict(Counter(stock.values()))}\nASOLoraConfig(history=[]): {dict(Counter(ours.values()))}")
+    print("stock LoRA:", Counter(stock.values()), "ASOLoraConfig(history=[]):", Counter(ours.values()))
     lost = [name for name, outcome in stock.items() if outcome == "passed" and ours.get(name) != "passed"]
     print(f"{len(lost)} pass with stock LoRA only; tracebacks are in {folder}/ours.log", *lost, sep="\n  ")

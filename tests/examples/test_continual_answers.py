@@ -95,6 +95,5 @@ def test_calibration_takes_a_preference_out(benchmark: Any, shares: list[float],
     chances = torch.softmax(scores, 1)  # by hand: each probability over its mean, times the share
     torch.testing.assert_close(calibrated(scores, shares).exp(), chances / chances.mean(0) * torch.tensor(shares))
     right = torch.arange(400) % 4
-    sure = 6 * torch.nn.functional.one_hot(right, 4) + 0.1 * torch.randn(400, 4)
-    biased = sure + torch.tensor([9.0, 0.0, 0.0, 0.0])
+    biased = 6 * torch.nn.functional.one_hot(right, 4) + 0.1 * torch.randn(400, 4) + torch.tensor([9.0, 0, 0, 0])
     assert (biased.argmax(1) == 0).all() and (calibrated(biased, [0.25] * 4).argmax(1) == right).all()

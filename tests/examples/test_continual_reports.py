@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from peft_aso import AttributionConfig, load_chain, update_coefficients
 from tests.examples.tiny_tasks import TASKS, settings_of
 
 
@@ -87,20 +86,3 @@ def test_where_forgetting_comes_from(benchmark: Any, finished: Path) -> None:
     for way in ("generate", "options", "calibrated"):
         assert untouched[f"AA, {way}"] == pytest.approx(summary[way]["AA"])
         assert untouched[f"change of FM, {way}"] == [0, 0, 0]
-
-
-def test_psi_of_each_reading_is_that_of_the_package(benchmark: Any, finished: Path, saved: dict[str, Path]) -> None:
-    module, run = benchmark("psi"), next(finished.glob("aso_lora*seed0"))
-    found = module.main(module.parse([str(run), "--examples", "3"]))
-    assert len(found) == 24 and len({row["signs to colors"] for row in found}) > 12, "readings differ"
-    settings, folder = benchmark("finished").finished_chain(run)
-    base, tokenizer = benchmark("chain").load_model(str(saved["llama"]))
-    model = load_chain(base, folder)
-    (task,) = benchmark("data").read_tasks(["signs"], settings)
-    task.train = task.train[:3]
-    batches = benchmark("methods.adapters").ASOLoRA(base, tokenizer, settings).few_batches(task)
-    for row in found[::5]:
-        reading = {name: value for name, value in row.items() if " " not in name}
-        model.peft_config["signs"].attribution = AttributionConfig(**reading)
-        psi = update_coefficients(model, batches).soft_coefficients
-        assert psi == {"colors": pytest.approx(row["signs to colors"], abs=1e-5)}, reading

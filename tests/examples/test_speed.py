@@ -6,28 +6,19 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 # lines whose two sides are runs of the same thing at two sizes, or that have one side only
 NOTHING_TO_COMPARE = ("attribution.operations", "quadrature", "folding", "memory", "probe", "growth")
 
 
 @pytest.fixture(scope="module")
-def command() -> Iterator[Any]:
-    """The module behind `examples/speed/benchmark.py`, imported as that file does it."""
-    sys.path.insert(0, str(EXAMPLES))
-    before = set(sys.modules)
-    yield importlib.import_module("speed.command")
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("speed", "tasks"):
-            del sys.modules[name]
+def command(benchmark: Any) -> Any:
+    """The module behind `examples/speed/benchmark.py`."""
+    return importlib.import_module("speed.command")
 
 
 def run(command: Any, out: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
