@@ -1,7 +1,6 @@
 """PEFT's own LoRA tests with its `LoraConfig` and with `ASOLoraConfig(history=[])` in its place: `make test-peft`.
 
-It runs `tests/test_custom_models.py` from PEFT's source archive twice and prints what passes with stock LoRA only.
-This file is the script, and the pytest plugin of both runs.
+This file is the script, and the pytest plugin of both runs of PEFT's `tests/test_custom_models.py`.
 """
 
 from __future__ import annotations
@@ -63,11 +62,10 @@ def pytest_sessionfinish() -> None:
 
 def outcomes(which: str, root: Path) -> dict[str, str]:
     """Test -> "passed", "failed" or "skipped", with `"stock"` LoRA or with `"ours"`."""
-    path = f"{HERE.parent}{os.pathsep}{HERE.parents[1]}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "peft_suite", "-c", os.devnull, "--rootdir", "."]
+    command = f"{sys.executable} -m pytest -q -p peft_suite -c {os.devnull} --rootdir . tests/test_custom_models.py"
+    variables = {"PEFT_SUITE": which, "PYTHONPATH": f"{HERE.parent}:{HERE.parents[1]}", "HF_HUB_OFFLINE": "1"}
     with (root / f"{which}.log").open("w") as log:
-        environment = {**os.environ, "PEFT_SUITE": which, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        subprocess.run([*command, "tests/test_custom_models.py"], cwd=root, env=environment, stdout=log, check=False)
+        subprocess.run(command.split(), cwd=root, env={**os.environ, **variables}, stdout=log, check=False)
     return json.loads((root / f"{which}.json").read_text())
 
 
@@ -77,6 +75,6 @@ if __name__ == "__main__":
     folder = archive.with_name(archive.name.removesuffix(".tar.gz"))
     (folder / "tests" / "__init__.py").touch()  # its tests import one another relatively
     stock, ours = outcomes("stock", folder), outcomes("ours", folder)
-    print("stock LoRA:", Counter(stock.values()), "ASOLoraConfig(history=[]):", Counter(ours.values()))
     lost = [name for name, outcome in stock.items() if outcome == "passed" and ours.get(name) != "passed"]
+    print("stock LoRA:", Counter(stock.values()), "ASOLoraConfig(history=[]):", Counter(ours.values()))
     print(f"{len(lost)} pass with stock LoRA only; tracebacks are in {folder}/ours.log", *lost, sep="\n  ")
