@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peft_aso import AttributionConfig, update_coefficients
 from tests.examples.tiny_tasks import TASKS, settings_of
 
 
@@ -86,3 +88,23 @@ def test_where_forgetting_comes_from(benchmark: Any, finished: Path) -> None:
     for way in ("generate", "options", "calibrated"):
         assert untouched[f"AA, {way}"] == pytest.approx(summary[way]["AA"])
         assert untouched[f"change of FM, {way}"] == [0, 0, 0]
+
+
+def test_psi_of_each_reading_is_that_of_the_package(benchmark: Any, finished: Path, saved: dict[str, Path]) -> None:
+    module, run = benchmark("psi"), next(finished.glob("aso_lora*seed0"))
+    found = module.main(module.parse([str(run), "--examples", "3"]))
+    assert len({row["signs to colors"] for row in found}) > 12, "readings differ"
+    opened = benchmark("finished").open_run(run)
+    batches = opened.method.few_batches(dataclasses.replace(opened.tasks[1], train=opened.tasks[1].train[:3]))
+    for row in found[::5]:
+        reading = {name: value for name, value in row.items() if " " not in name}
+        opened.model.peft_config["signs"].attribution = AttributionConfig(**reading)
+        psi = update_coefficients(opened.model, batches).soft_coefficients
+        assert psi == {"colors": pytest.approx(row["signs to colors"], abs=1e-5)}, reading
+
+
+def test_penalties_against_none(benchmark: Any, finished: Path) -> None:
+    found = {row[0]: row[3:] for row in rows(benchmark, finished, "--shape", "penalties")[1:]}
+    soft, none = (results_of(finished, name) for name in ("aso_lora", "inc_lora"))
+    value, (low, high) = benchmark("scores").mean_difference([(soft, none)], "generate")
+    assert found["ASO-LoRA"][2] == f"{value:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -175,3 +175,13 @@ def test_tasks_of_the_hub_look_like_those_of_a_folder(benchmark: Any) -> None:
         'What is the logical relationship between the "sentence 1" and the "sentence 2"? Choose one from the option.\n'
         "Option: entailment, contradiction \nsentence 1: <sentence1>\nsentence 2: <sentence2>\nAnswer:"
     )
+
+
+def test_several_runs_from_a_file(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.txt"
+    plan.write_text("# two runs, one of which fails\n--method seq_lora --order colors,signs\n\n--order shapes\n")
+    more = (
+        f"--model {saved['llama']} --data {data} --out {tmp_path / 'out'} --rank 2 --precision float32 --no-reference"
+    )
+    assert benchmark("several").main([str(plan), *more.split()]) == 1
+    assert (tmp_path / "out" / "seq_lora-colors-signs-seed0" / "results.json").is_file()
