@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.peft-aso-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-slow test-optional compat demo speed clean
+.PHONY: help env lint test test-slow test-optional test-peft compat demo speed clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -53,6 +53,14 @@ test-optional: ## the tests with bitsandbytes, torchao and DeepSpeed, in an envi
 	DS_BUILD_OPS=0 $(OPTIONAL_PIP) --no-build-isolation --editable ".[deepspeed]"  # its build imports torch
 	HF_HUB_OFFLINE=1 PATH="$(CURDIR)/.venv-optional/bin:$$PATH" $(OPTIONAL) -m pytest -q tests/test_quantized.py \
 	  tests/training/test_distributed.py $(PYTEST_ARGS)
+
+# Its tests need pytest, datasets and scipy, which .venv has.
+PEFT_VERSION = $(shell $(PY) -c 'import peft; print(peft.__version__)')
+
+test-peft: env ## PEFT's own LoRA tests with ASOLoraConfig(history=[]) in LoraConfig's place, against stock LoRA
+	$(PY) -m pip download --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: \
+	  --dest .cache/peft "peft==$(PEFT_VERSION)"
+	$(PY) tests/peft_suite.py .cache/peft/peft-$(PEFT_VERSION).tar.gz
 
 compat: ## the fast tests with oldest and newest versions, Python 3.10 to 3.14 where they are here (gigabytes, an hour)
 	$(PYTHON) tests/compat.py $(COMPAT_ARGS)

@@ -2,9 +2,8 @@
 
     python tests/compat.py [--only oldest,3.12] [--work .venv-compat] [--tests tests/tuner]
 
-Environments are made by uv where it is installed (it shares what it downloads), else by venv and pip. One whose Python
-is not on this machine is left out and named. Results are added to docs/results/compat.json, from which the table in
-docs/compatibility.md is made.
+An environment whose Python is not on this machine is left out and named. Results are added to
+docs/results/compat.json, from which the table in docs/compatibility.md is made.
 """
 
 from __future__ import annotations
@@ -23,51 +22,32 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "compat.json"
 SHOWN = ("torch", "transformers", "peft", "accelerate", "trl")
-NEWEST = ["torch", "transformers", "peft", "accelerate", "trl"]
-# name -> Python, and what is asked for besides the package's own test extra
+OLDEST = "torch==2.13.0 transformers==5.20.0 peft==0.21.2 accelerate==1.14.0 huggingface_hub==1.31.0 trl==1.14.0"
+# name -> Python, and what is installed besides the tests' own packages
 ENVIRONMENTS: dict[str, tuple[str, list[str]]] = {
-    "oldest": (
-        "3.11",
-        ["torch==2.13.0", "transformers==5.20.0", "peft==0.21.2", "accelerate==1.14.0", "huggingface_hub==1.31.0",
-         "trl==1.14.0"],
-    ),
-    "3.10": ("3.10", [*NEWEST[:1], "transformers<5.22", "peft", "accelerate", "trl"]),
-    "3.11": ("3.11", ["torch==2.13.0", "--constraint", str(ROOT / "constraints.txt")]),
-    "3.12": ("3.12", NEWEST),
-    "3.13": ("3.13", NEWEST),
-    "3.14": ("3.14", NEWEST),
-}  # fmt: skip
-TEST_PACKAGES = ["captum", "datasets", "hypothesis", "matplotlib", "psutil", "pytest", "scipy"]
+    "oldest": ("3.11", OLDEST.split()),
+    "3.10": ("3.10", ["torch", "transformers<5.22", "peft", "accelerate", "trl"]),
+    "3.11": ("3.11", ["torch==2.13.0", "--constraint", str(ROOT / "constraints.txt"), *SHOWN[1:]]),
+    **{version: (version, list(SHOWN)) for version in ("3.12", "3.13", "3.14")},
+}
+TEST_PACKAGES = ["captum", "datasets", "hypothesis", "matplotlib", "psutil", "pytest", "scipy", "typer"]
 
 
 def find_python(version: str) -> str | None:
     """The interpreter of that version: on the PATH, or one of pyenv's."""
-    found = shutil.which(f"python{version}")
-    if found is not None and _version_of(found) == version:
-        return found
     homes = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
-    return str(homes[-1]) if homes else None
-
-
-def _version_of(python: str) -> str:
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    return shutil.which(f"python{version}") or (str(homes[-1]) if homes else None)
 
 
 def make(folder: Path, python: str, wanted: list[str]) -> str:
-    """An environment with these packages; returns its interpreter. One that is there is used as it is."""
+    """An environment with these packages; returns its interpreter. One that exists is used as it is."""
     inside = str(folder / "bin" / "python")
     if (folder / "made").exists():
         return inside
-    uv = shutil.which("uv")
-    if uv is not None and not any("==2.13.0" in name for name in wanted):
-        subprocess.run([uv, "venv", "--clear", "--python", python, str(folder)], check=True)
-        install = [uv, "pip", "install", "--python", inside]
-    else:
-        subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [inside, "-m", "pip", "install", "--disable-pip-version-check"]
+    subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+    install = [inside, "-m", "pip", "install", "--disable-pip-version-check"]
     first = [name for name in wanted if name.startswith("torch==")]
-    if first:  # before anything can ask for another build of it
+    if first:  # before anything can require another build of it
         subprocess.run([*install, *first], check=True)
     subprocess.run([*install, *wanted, *TEST_PACKAGES], check=True)
     (folder / "made").touch()
@@ -75,65 +55,54 @@ def make(folder: Path, python: str, wanted: list[str]) -> str:
 
 
 def run(python: str, tests: list[str], log: Path) -> dict[str, Any]:
-    """What was installed, and how the fast tests came out; what they print goes into `log`."""
+    """The installed versions, and how the fast tests came out; what they print goes into `log`."""
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {SHOWN!r}}}))"
     versions = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    last = done.stdout[-300:]
-    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     log.write_text(done.stdout)
-    return {**versions, **counts, "failures": failed, "exit": done.returncode}
-
-
-def noted() -> dict[str, Any]:
-    """What has been run so far."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return results
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    return {**versions, **{name: int(count) for count, name in found}, "failures": failed, "exit": done.returncode}
 
 
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
     rows = ["| environment | Python | " + " | ".join(SHOWN) + " | tests |", "|" + "---|" * (len(SHOWN) + 3)]
     for name, (version, _) in ENVIRONMENTS.items():
-        found = results.get(name)
-        if found is None:
-            rows.append(f"| {name} | {version} | " + " | ".join("" for _ in SHOWN) + " | not run |")
-            continue
-        tests = f"{found.get('passed', 0)} passed"
-        tests += "".join(f", {found[kind]} {kind}" for kind in ("failed", "error", "skipped") if found.get(kind))
-        versions = " | ".join(found[package].split("+")[0] for package in SHOWN)
-        rows.append(f"| {name} | {version} | {versions} | {tests} ({found['date']}) |")
+        found, cells, tests = results.get(name), [""] * len(SHOWN), "not run"
+        if found is not None:
+            cells = [found[package].split("+")[0] for package in SHOWN]
+            counts = [f"{found[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if found.get(kind)]
+            tests = f"{', '.join(counts)} ({found['date']})"
+        rows.append(f"| {name} | {version} | {' | '.join(cells)} | {tests} |")
     return "\n".join(rows)
 
 
 def main() -> int:
-    """Build, run, note, print."""
+    """Build, run, write the results down, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="environments, separated by commas")
+    parser.add_argument("--only", default=",".join(ENVIRONMENTS), help="environments, separated by commas")
     parser.add_argument("--work", type=Path, default=ROOT / ".venv-compat")
-    parser.add_argument("--tests", nargs="*", default=[], help="what pytest gets; results are not noted then")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    parser.add_argument("--tests", nargs="*", default=[], help="what pytest gets; results are not written down then")
     options = parser.parse_args()
-    bad = False
-    for name in () if options.table else (options.only.split(",") if options.only else ENVIRONMENTS):
+    bad, results = False, json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in filter(None, options.only.split(",")):
         version, wanted = ENVIRONMENTS[name]
         python = find_python(version)
         if python is None:
             print(f"{name}: no Python {version} on this machine; left out", file=sys.stderr)
             continue
-        print(f"{name}: Python {version}, {' '.join(wanted)}", file=sys.stderr)
         found = run(make(options.work / name, python, wanted), options.tests, options.work / f"{name}.log")
         print(f"{name}: {found}", file=sys.stderr)
         bad = bad or found["exit"] != 0
         if not options.tests:
-            results = {**noted(), name: {"python": version, **found, "date": date.today().isoformat()}}
+            results[name] = {"python": version, **found, "date": date.today().isoformat()}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(noted()))
+    print(table(results))
     return int(bad)
 
 

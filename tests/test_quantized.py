@@ -46,15 +46,11 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """Loads the same quantized model anew each time it is called."""
     if importlib.util.find_spec(KINDS[request.param]) is None:
         pytest.skip(f"needs {KINDS[request.param]}; `make test-optional` has it")
-    torch.manual_seed(0)
     tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
-
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=quantization(request.param), device_map="cpu"
-        )
-
-    return load
+    config = quantization(request.param)
+    return lambda: AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, device_map="cpu"
+    )
 
 
 def settings(**more: Any) -> ASOLoraConfig:
@@ -68,11 +64,10 @@ def chain(model: Any) -> Any:
     model = get_peft_model(model, settings(), adapter_name="first")
     model.add_adapter("second", settings())
     model.set_adapter("second")
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.normal_(std=0.2)
     return model.eval()
 
 
@@ -87,19 +82,22 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(**tiny_batch(model)).logits.float()
 
 
-def test_the_sum_is_the_base_and_both_adapters(base: Any) -> None:
-    model, plain = chain(base()), base()
-    hooks = []
+def test_the_sum_is_the_base_and_both_adapters_wherever_it_is_loaded(base: Any, tmp_path: Path) -> None:
+    model, bare = chain(base()), base()
     for name, layer in model.base_model.lora_layers().items():
 
         def add(module: Any, inputs: Any, output: torch.Tensor, layer: Any = layer) -> torch.Tensor:
             for task in ("first", "second"):
-                down, up = layer.lora_A[task].weight, layer.lora_B[task].weight
-                output = output + layer.scaling[task] * inputs[0] @ down.T @ up.T
+                A, B = layer.lora_A[task].weight, layer.lora_B[task].weight
+                output = output + layer.scaling[task] * inputs[0] @ A.T @ B.T
             return output
 
-        hooks.append(plain.get_submodule(name).register_forward_hook(add))
-    torch.testing.assert_close(logits(model), logits(plain), atol=1e-3, rtol=1e-3)
+        bare.get_submodule(name).register_forward_hook(add)
+    found = logits(model)
+    torch.testing.assert_close(found, logits(bare), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(load_chain(base(), save_chain(model, tmp_path / "chain"))), found)
+    served = PeftModel.from_pretrained(base(), export_lora(model, tmp_path / "served"))
+    torch.testing.assert_close(logits(served), found, atol=1e-3, rtol=1e-3)
 
 
 def test_it_trains_with_psi(base: Any, tmp_path: Path) -> None:
@@ -113,17 +111,9 @@ def test_it_trains_with_psi(base: Any, tmp_path: Path) -> None:
     assert all(entry["orthogonality_penalty"] > 0 for entry in trainer.state.log_history if "task_loss" in entry)
 
 
-def test_it_is_saved_loaded_and_exported(base: Any, tmp_path: Path) -> None:
-    model = chain(base())
-    expected = logits(model)
-    torch.testing.assert_close(logits(load_chain(base(), save_chain(model, tmp_path / "chain"))), expected)
-    served = PeftModel.from_pretrained(base(), export_lora(model, tmp_path / "served"))
-    torch.testing.assert_close(logits(served), expected, atol=1e-3, rtol=1e-3)
-
-
 def test_what_a_quantized_weight_cannot_do_is_refused_with_the_reason(base: Any, tmp_path: Path) -> None:
     model = chain(base())
-    with pytest.raises(ChainError, match="cannot be merged in float32.*half precision"):
+    with pytest.raises(ChainError, match="float32"):
         export_merged(model, tmp_path / "merged")
     model.add_adapter("third", settings(history_form="folded"))
     with pytest.raises(HistoryError, match="cannot be folded.*quantized weight"):

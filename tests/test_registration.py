@@ -14,50 +14,38 @@ from pathlib import Path
 import peft
 import pytest
 from peft import PeftConfig, PeftType, get_peft_config
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_aso
 from peft_aso import ASOLoraConfig, ASOLoraModel
 from peft_aso.registration import extend_enum, register
 
 
-def test_the_member_is_like_peft_s_own():
+def test_the_member_is_like_pefts_own() -> None:
     member = PeftType("ASO_LORA")
     assert member is PeftType.ASO_LORA is PeftType["ASO_LORA"]
-    assert member in PeftType and member in list(PeftType) and "ASO_LORA" in list(PeftType)
+    assert member in list(PeftType) and "ASO_LORA" in list(PeftType)
     assert isinstance(member, PeftType) and member == "ASO_LORA" and member.name == member.value == "ASO_LORA"
-    assert pickle.loads(pickle.dumps(member)) is member
-    assert copy.deepcopy(member) is member and copy.copy(member) is member
+    assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is copy.copy(member) is member
     assert json.loads(json.dumps({"type": member})) == {"type": "ASO_LORA"}
-    assert {member: 1}[PeftType("ASO_LORA")] == 1 and hash(member) == hash("ASO_LORA")
     assert repr(member) == repr(PeftType.LORA).replace("LORA", "ASO_LORA")
     with pytest.raises(ValueError):
         PeftType("ASO_LORA_2")
-    with pytest.raises(AttributeError):
-        PeftType.ASO_LORA = "other"
 
 
-def test_registering_again_changes_nothing():
-    members = list(PeftType)
-    mappings = [dict(m) for m in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)]
+def test_registering_again_changes_nothing() -> None:
+    members, mappings = list(PeftType), (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)
+    before = [dict(mapping) for mapping in mappings]
     assert register() is register() is extend_enum("ASO_LORA") is PeftType.ASO_LORA
+    importlib.reload(peft_aso)
     assert list(PeftType) == members and members.count(PeftType.ASO_LORA) == 1
-    assert mappings == [dict(m) for m in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)]
+    assert [dict(mapping) for mapping in mappings] == before
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ASO_LORA] is ASOLoraConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ASO_LORA] is ASOLoraModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.ASO_LORA] == "lora_"
 
 
-def test_reloading_the_package_is_safe():
-    importlib.reload(peft_aso)
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ASO_LORA] is ASOLoraConfig
-
-
-def test_another_package_with_that_name_is_an_error(monkeypatch: pytest.MonkeyPatch):
+def test_another_package_with_that_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Foreign(PeftConfig):
         pass
 
@@ -66,21 +54,18 @@ def test_another_package_with_that_name_is_an_error(monkeypatch: pytest.MonkeyPa
         register()
 
 
-def test_get_peft_config_and_from_pretrained_find_the_class(tmp_path: Path):
+def test_peft_finds_the_class_of_a_config(tmp_path: Path) -> None:
     config = ASOLoraConfig(r=3, task_type="CAUSAL_LM", target_modules=["q_proj"], history=["one"])
     again = get_peft_config(config.to_dict())
     assert type(again) is ASOLoraConfig and again.r == 3 and again.history == ["one"]
     config.save_pretrained(tmp_path)
-    for cls in (PeftConfig, ASOLoraConfig):
-        loaded = cls.from_pretrained(str(tmp_path))
-        assert type(loaded) is ASOLoraConfig and loaded.peft_type is PeftType.ASO_LORA
-        assert loaded.target_modules == {"q_proj"}
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(loaded) is ASOLoraConfig and loaded.target_modules == {"q_proj"}
 
 
-def test_in_a_fresh_process(tmp_path: Path):
+def test_in_a_fresh_process(tmp_path: Path) -> None:
     """The type comes with the import and not before, survives a pickle, and touches no file of PEFT's."""
     config = ASOLoraConfig(r=5, target_modules=["q_proj"])
-    config.save_pretrained(tmp_path)
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     code = f"""
 import pickle, sys
@@ -88,8 +73,8 @@ import peft
 assert "ASO_LORA" not in peft.PeftType.__members__
 config = pickle.load(open({str(tmp_path / "config.pickle")!r}, "rb"))  # imports the package
 import peft_aso
-assert type(config) is peft_aso.ASOLoraConfig and config.peft_type is peft.PeftType.ASO_LORA
-assert peft.PeftConfig.from_pretrained({str(tmp_path)!r}).r == config.r == 5
+assert type(config) is peft_aso.ASOLoraConfig and config.peft_type is peft.PeftType.ASO_LORA and config.r == 5
+config.save_pretrained({str(tmp_path)!r})
 # a notebook's autoreload: all modules of the package anew
 for name in [name for name in sys.modules if name.split(".")[0] == "peft_aso"]:
     del sys.modules[name]
@@ -99,13 +84,8 @@ assert type(peft.PeftConfig.from_pretrained({str(tmp_path)!r})) is again.ASOLora
 assert list(peft.PeftType).count("ASO_LORA") == 1
 print("fine")
 """
-
-    def state() -> dict[str, str]:
-        files = Path(peft.__file__).parent.rglob("*.py")
-        return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-    before = state()
+    files = sorted(Path(peft.__file__).parent.rglob("*.py"))
+    before = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "fine", result.stderr
-    assert state() == before
-    assert "ASO_LORA" not in (Path(peft.__file__).parent / "utils" / "peft_types.py").read_text()
+    assert [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] == before

@@ -115,10 +115,10 @@ class Settings:
 
     init: str = _option(
         "default",
-        "how A starts: as PEFT has it; that projected out of the history's rows; the task's own input directions, as "
-        "they are, projected out of the history's rows, or so far out as psi says",
+        "how A starts: as PEFT has it; that projected out of the history's rows; the task's own input directions, "
+        "projected out of the history's rows",
         "ASO-LoRA",
-        choices=("default", "projected", "inputs", "inputs_hard", "inputs_soft"),
+        choices=("default", "projected", "inputs_hard"),
     )
     fixed_a: bool = _option(False, "A does not train, only B; there is no penalty then", "ASO-LoRA")
     diagnose: bool = _option(False, "log the size of the penalty's gradient at each step", "ASO-LoRA")
@@ -191,8 +191,6 @@ class Settings:
                 raise SystemExit("--penalty-weight: give one number, or as many as the order has tasks.")
         if self.fixed_a and any(self.penalty_weight or ()):
             raise SystemExit("--fixed-a leaves nothing for a penalty to push: leave --penalty-weight out.")
-        if self.init == "inputs_soft" and (self.method in ("o_lora", "inc_lora") or self.similarity == "none"):
-            raise SystemExit("--init inputs_soft needs psi: --method aso_lora, if need be with --penalty-weight 0.")
 
     def chosen(self) -> dict[str, Any]:
         """Everything that decides what comes out, as it is written down."""

@@ -14,7 +14,7 @@ from .records import Record
 from .steps import logits_of, step_batch
 from .texts import text_batches
 
-FORMS = ("stacked", "dense", "folded")
+FORMS = ("stacked", "folded")
 
 
 def folding(bench: Bench) -> list[Record]:

@@ -22,13 +22,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
-    """Imports a module of the benchmark by name, as run.py does it."""
+    """Imports a module of the continual benchmark by name, as run.py does it; `examples/` is on the path."""
     sys.path.insert(0, str(EXAMPLES))
     before = set(sys.modules)
     yield lambda name: importlib.import_module(f"continual_benchmark.{name}")
     sys.path.remove(str(EXAMPLES))
     for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("continual_benchmark", "tasks"):
+        if name.split(".")[0] in ("continual_benchmark", "speed", "tasks"):
             del sys.modules[name]
 
 

@@ -1,10 +1,12 @@
-"""The four numbers, their intervals, and what wrong answers are, by hand."""
+"""The four numbers and their intervals, what wrong answers are, and where forgetting comes from, by hand."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 
 def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
@@ -25,31 +27,41 @@ def test_metrics_and_intervals_by_hand(benchmark: Any) -> None:
     assert scores.difference(run, other, "generate", after=1)[0] == 25.0
     assert scores.difference(run, other, "generate", "FM")[0] == 25.0
     better = [stages[0], {**stages[1], "a": {"generate": [True, True, False, False]}}]
-    gap, (low, high) = scores.difference({**run, "stages": [{"correct": e} for e in better]}, run, "generate")
-    assert gap == 12.5 and 0 <= low < 12.5 < high
     pair = {**run, "stages": [{"correct": e} for e in better]}, run
-    mean, (low, high) = scores.mean_difference([pair, (run, run)], "generate")
-    assert mean == 6.25 and [low, high] == [each / 2 for each in scores.difference(*pair, "generate")[1]]
+    gap, (low, high) = scores.difference(*pair, "generate")
+    assert gap == 12.5 and 0 <= low < 12.5 < high
+    mean, interval = scores.mean_difference([pair, (run, run)], "generate")
+    assert mean == 6.25 and interval == [low / 2, high / 2]
     with pytest.raises(ValueError, match="not tested on the same examples"):
         scores.mean_difference([(run, run), (other, {**run, "stages": run["stages"][:1]})], "generate")
 
 
-def test_a_score_that_earlier_runs_did_not_have_is_left_out_alone(benchmark: Any) -> None:
-    scores = benchmark("scores")
-    old, new = {"generate": [True, False]}, {"generate": [True, False], "calibrated": [True, True]}
-    stages = [{"a": new}, {"a": new, "b": new}]
-    found = scores.summary(["a", "b"], stages, {"a": old, "b": old})  # FWT needs it of the tasks alone
-    assert "FWT" in found["generate"] and "FWT" not in found["calibrated"] and found["calibrated"]["alone"] is None
-    assert found["calibrated"]["AA"] == 100
-    assert set(scores.summary(["a", "b"], [{"a": old}, {"a": new, "b": new}], None)) == {"generate"}
+def test_shared_spans_and_energy(benchmark: Any) -> None:
+    why = benchmark("why")
+    a = torch.randn(6, 2).double()
+    assert why.shared(a, a @ torch.randn(2, 2).double()) == pytest.approx(1)
+    assert why.shared(torch.eye(6)[:, :2], torch.eye(6)[:, 2:4]) == pytest.approx(0)
+    inputs, matrix = torch.randn(40, 6).double(), torch.randn(3, 6).double()
+    assert why.energy(matrix, inputs.T @ inputs) == pytest.approx(float((inputs @ matrix.T).pow(2).sum()))
 
 
-def test_what_wrong_answers_are(benchmark: Any) -> None:
-    scores = benchmark("scores")
-    said = {
-        "a": {"x": {"x": 5, "y": 1, "p": 2}, "y": {"y": 1, "?": 1}, "z": {}},
-        "b": {"p": {"p": 2, "z": 1}, "x": {"p": 1}},
-    }
-    found = scores.wrong_answers({"tasks": ["a", "b"], "stages": [{}, {"said": said}]})
-    assert found == {"a": (10.0, 20.0, 10.0), "b": (25.0, 25.0, 0.0)}
-    assert scores.wrong_answers({"tasks": ["a"], "stages": [{}]}) is None  # a model a task keeps no answers
+def test_what_is_taken_out_of_an_adapter_is_gone(benchmark: Any) -> None:
+    why = benchmark("why")
+    inputs = torch.randn(200, 40).double() * torch.linspace(3, 0.1, 40)
+    moment = inputs.T @ inputs
+    leading = torch.linalg.eigh(moment).eigenvectors[:, -why.LEADING :].float()
+    for title, change in why.CHANGES.items():
+        A = {name: torch.nn.Linear(40, 2, bias=False) for name in ("old", "new")}
+        B = {name: torch.nn.Linear(2, 12, bias=False) for name in ("old", "new")}
+        weights = [part[name].weight for name in ("old", "new") for part in (A, B)]
+        before = [weight.clone() for weight in weights]
+        change(SimpleNamespace(lora_A=A, lora_B=B), ["old"], "new", [moment])
+        after = [part[name].weight for name in ("old", "new") for part in (A, B)]
+        changed = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+        assert changed == [False, False, "from A" in title, "from B" in title], title
+        left = {
+            "the rows of earlier A, from A": after[2] @ after[0].T,
+            f"{why.LEADING} leading directions of earlier inputs, from A": after[2] @ leading,
+            "the columns of earlier B, from B": after[1].T @ after[3],
+        }
+        assert title not in left or float(left[title].abs().max()) < 1e-6, title

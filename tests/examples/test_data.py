@@ -1,6 +1,6 @@
-"""The shipped example data keeps its promises: format, balance, no leak between train and test, no shortcuts.
+"""The shipped example data: format, balance, no leak between train and test, no shortcuts.
 
-No model and no torch here: the files are read as any user's loader would read them.
+The files are read as any user's loader would read them, without a model.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import re
 from collections import Counter
 from difflib import SequenceMatcher
 from functools import cache
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
-
 TASKS: dict[str, list[str]] = {
     "topic": ["billing", "delivery", "account", "product"],
     "mood": ["angry", "neutral", "pleased"],
@@ -24,18 +23,14 @@ TASKS: dict[str, list[str]] = {
     "wish": ["refund", "exchange", "repair", "advice"],
 }
 SIZES = {"train": 80, "test": 40}
-# The option words as stems, so that "refunded" and "urgently" are found too.
+# the option words as stems, so that "refunded" and "urgently" are found too
 STEMS = {"urgency": ["urgen", "routine"], "wish": ["refund", "exchang", "repair", "advi[cs]"]}
-CUE_TASKS = list(STEMS)
-EVERY_SPLIT = list(product(TASKS, SIZES))
 NEAR_DUPLICATE = 0.85
-# Words that carry the meaning may lean to an option ("paid" to a refund), but none may come near to deciding it.
-LARGEST_GAP = 0.5
+LARGEST_GAP = 0.5  # a word may lean to an option ("paid" to a refund), but none decides it
 
 
 @cache
 def rows(task: str, split: str) -> list[dict[str, str]]:
-    """The examples of one file, in its order."""
     text = (DATA / task / f"{split}.jsonl").read_bytes().decode("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -45,156 +40,78 @@ def message(prompt: str) -> str:
     return prompt.split("\n")[1].removeprefix("Message: ")
 
 
-def words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]+|[0-9]+|[!?]", text.lower()))
+def instruction(task: str) -> str:
+    return rows(task, "train")[0]["prompt"].split("\n")[0]
 
 
-def close_pairs(texts: list[str]) -> list[tuple[str, str]]:
-    """Pairs of messages that difflib finds nearly equal; its cheap upper bounds go first, for speed."""
-    found: list[tuple[str, str]] = []
-    matcher = SequenceMatcher(autojunk=False)
-    bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
-    for place, left in enumerate(texts):
-        matcher.set_seq2(left.lower())  # difflib indexes its second text once and keeps the index
-        for right in texts[:place]:
-            matcher.set_seq1(right.lower())
-            if all(bound() >= NEAR_DUPLICATE for bound in bounds):
-                found.append((left, right))
-    return found
+def all_messages(task: str) -> tuple[list[str], list[str]]:
+    """The messages and the answers of both splits."""
+    examples = [row for split in SIZES for row in rows(task, split)]
+    return [message(row["prompt"]) for row in examples], [row["answer"] for row in examples]
 
 
-def gap(flags: list[bool], is_option: list[bool]) -> float:
-    """How much more often the flag is set for one option than for the others: 0 says nothing, 1 or -1 decides."""
-    inside = [flag for flag, mine in zip(flags, is_option, strict=True) if mine]
-    outside = [flag for flag, mine in zip(flags, is_option, strict=True) if not mine]
-    return sum(inside) / len(inside) - sum(outside) / len(outside)
+def nearly_equal(left: str, right: str) -> bool:
+    matcher = SequenceMatcher(None, left.lower(), right.lower(), autojunk=False)
+    bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # the cheap upper bounds first
+    return all(bound() >= NEAR_DUPLICATE for bound in bounds)
 
 
 def largest_gap(flags: list[bool], answers: list[str]) -> float:
-    return max(abs(gap(flags, [answer == option for answer in answers])) for option in set(answers))
+    """How much more often the flag is set for one option than for the others: 0 tells nothing, 1 decides."""
 
+    def mean(option: str, mine: bool) -> float:
+        found = [flag for flag, answer in zip(flags, answers, strict=True) if (answer == option) == mine]
+        return sum(found) / len(found)
 
-def test_there_are_these_four_tasks_and_no_other() -> None:
-    assert {path.name for path in DATA.iterdir() if path.is_dir()} == set(TASKS)
-    for task in TASKS:
-        assert {p.name for p in (DATA / task).iterdir()} == {"train.jsonl", "test.jsonl", "labels.json"}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_labels_file_lists_the_options(task: str) -> None:
-    assert json.loads((DATA / task / "labels.json").read_text(encoding="utf-8")) == TASKS[task]
-
-
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_each_line_is_a_prompt_and_an_answer(task: str, split: str) -> None:
-    options = TASKS[task]
-    assert len(rows(task, split)) == SIZES[split]
-    for row in rows(task, split):
-        assert list(row) == ["prompt", "answer"]
-        assert row["answer"] in options
-        head, body, last = row["prompt"].split("\n")
-        assert last == "Answer:"
-        assert body.startswith("Message: ")
-        assert all(re.search(rf"\b{option}\b", head) for option in options)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_one_instruction_line_a_task(task: str) -> None:
-    heads = {row["prompt"].split("\n")[0] for split in SIZES for row in rows(task, split)}
-    assert len(heads) == 1
+    return max(abs(mean(option, True) - mean(option, False)) for option in set(answers))
 
 
 def test_instruction_lines_tell_the_tasks_apart() -> None:
-    """The merged model gets no task label, so the prompt alone has to say which task it is."""
-    assert len({rows(task, "train")[0]["prompt"].split("\n")[0] for task in TASKS}) == len(TASKS)
+    """The merged model gets no task label, so the prompt alone has to tell which task it is."""
+    assert {path.name for path in DATA.iterdir() if path.is_dir()} == set(TASKS)
+    assert len(set(map(instruction, TASKS))) == len(TASKS)
 
 
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_options_are_balanced_and_mixed(task: str, split: str) -> None:
-    answers = [row["answer"] for row in rows(task, split)]
-    counts = Counter(answers)
-    assert set(counts) == set(TASKS[task])
-    assert max(counts.values()) - min(counts.values()) <= 1
-    # not sorted by option: a loader that takes the first rows should meet every option
-    assert set(answers[:16]) == set(TASKS[task])
-
-
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_text_is_short_plain_and_clean(task: str, split: str) -> None:
-    raw = (DATA / task / f"{split}.jsonl").read_bytes()
-    assert raw.isascii() and raw.endswith(b"\n") and b"\r" not in raw and b"\t" not in raw
-    for row in rows(task, split):
-        assert 110 <= len(row["prompt"]) <= 230, row["prompt"]
-        for line in row["prompt"].split("\n"):
-            assert line == line.strip() and "  " not in line
-        text = message(row["prompt"])
-        assert len(text) >= 20, text
-        # no contact data: no address, no link, no run of digits as long as a phone number
-        assert not re.search(r"@|https?:|www\.|\d{5,}", text), text
+@pytest.mark.parametrize("task", TASKS)
+def test_each_line_is_a_prompt_and_an_answer(task: str) -> None:
+    assert json.loads((DATA / task / "labels.json").read_text(encoding="utf-8")) == TASKS[task]
+    for split, size in SIZES.items():
+        raw = (DATA / task / f"{split}.jsonl").read_bytes()
+        assert raw.isascii() and raw.endswith(b"\n") and b"\r" not in raw and b"\t" not in raw
+        answers = [row["answer"] for row in rows(task, split)]
+        counts = Counter(answers)
+        assert len(answers) == size and set(counts) == set(answers[:16]) == set(TASKS[task]), "mixed"
+        assert max(counts.values()) - min(counts.values()) <= 1, "balanced"
+        for row in rows(task, split):
+            head, body, last = row["prompt"].split("\n")
+            assert list(row) == ["prompt", "answer"] and last == "Answer:" and body.startswith("Message: ")
+            assert head == instruction(task)
+            assert all(re.search(rf"\b{option}\b", head) for option in TASKS[task])
+            assert 110 <= len(row["prompt"]) <= 230 and len(message(row["prompt"])) >= 20
+            assert not re.search(r"  |@|https?:|www\.|\d{5,}", body), "clean, and no contact data"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_two_messages_of_a_task_are_nearly_equal(task: str) -> None:
-    texts = [message(row["prompt"]) for split in SIZES for row in rows(task, split)]
-    assert len({text.lower() for text in texts}) == sum(SIZES.values())
-    assert close_pairs(texts) == []
+    texts, _ = all_messages(task)
+    assert not [pair for pair in combinations(texts, 2) if nearly_equal(*pair)]
+    assert len({re.sub(r"[0-9]+", "#", text.lower()) for text in texts}) == len(texts), "nor differ in numbers only"
+    assert nearly_equal("Where can I leave the car when I visit you?", "Where can I leave my car when I visit?")
 
 
-def test_the_check_for_near_duplicates_finds_one() -> None:
-    kept = "Where can I leave the car when I visit you?"
-    assert close_pairs([kept, "Is the bookcase tall?", "Where can I leave my car when I visit?"]) == [
-        ("Where can I leave my car when I visit?", kept)
-    ]
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_no_two_messages_differ_in_numbers_only(task: str) -> None:
-    texts = [message(row["prompt"]).lower() for split in SIZES for row in rows(task, split)]
-    bare = Counter(re.sub(r"[0-9]+", "#", text) for text in texts)
-    assert max(bare.values()) == 1
-
-
-@pytest.mark.parametrize("task", CUE_TASKS)
-def test_the_option_words_are_not_what_gives_the_answer(task: str) -> None:
-    """At most a third of the messages use an option word, and some use that of another option."""
-    examples = [row for split in SIZES for row in rows(task, split)]
-    found = [{stem for stem in STEMS[task] if re.search(stem, message(row["prompt"]).lower())} for row in examples]
-    assert sum(map(bool, found)) <= len(examples) / 3
+@pytest.mark.parametrize("task", STEMS)
+def test_no_shortcut_gives_the_answer(task: str) -> None:
+    """No word, no length and no question mark decides the option; option words are rare and some mislead."""
+    texts, answers = all_messages(task)
+    stems = [{stem for stem in STEMS[task] if re.search(stem, text.lower())} for text in texts]
     own = dict(zip(TASKS[task], STEMS[task], strict=True))
-    misleading = [row for row, stems in zip(examples, found, strict=True) if stems - {own[row["answer"]]}]
-    assert misleading
-
-
-@pytest.mark.parametrize("task", CUE_TASKS)
-def test_no_single_word_decides_the_option(task: str) -> None:
-    examples = [row for split in SIZES for row in rows(task, split)]
-    answers = [row["answer"] for row in examples]
-    sets = [words(message(row["prompt"])) for row in examples]
-    gaps = {word: largest_gap([word in found for found in sets], answers) for word in set().union(*sets)}
+    assert sum(map(bool, stems)) <= len(texts) / 3
+    assert any(found - {own[answer]} for found, answer in zip(stems, answers, strict=True))
+    words = [set(re.findall(r"[a-z]+|[0-9]+|[!?]", text.lower())) for text in texts]
+    gaps = {word: largest_gap([word in found for found in words], answers) for word in set().union(*words)}
     assert max(gaps.values()) <= LARGEST_GAP, max(gaps, key=lambda word: gaps[word])
-
-
-@pytest.mark.parametrize("task", CUE_TASKS)
-def test_neither_length_nor_question_marks_decide_the_option(task: str) -> None:
-    examples = [row for split in SIZES for row in rows(task, split)]
-    answers = [row["answer"] for row in examples]
-    texts = [message(row["prompt"]) for row in examples]
     assert largest_gap(["?" in text for text in texts], answers) <= 0.3
-    for cut in {len(text) for text in texts}:
-        assert largest_gap([len(text) <= cut for text in texts], answers) <= LARGEST_GAP
-
-
-def test_the_gap_finds_a_word_that_decides() -> None:
+    assert all(
+        largest_gap([len(text) <= cut for text in texts], answers) <= LARGEST_GAP for cut in map(len, texts[1:])
+    )
     assert largest_gap([True, True, False, False], ["a", "a", "b", "b"]) == 1.0
-    assert largest_gap([True, False, True, False], ["a", "a", "b", "b"]) == 0.0
-
-
-def test_mood_is_not_told_by_punctuation_or_capitals() -> None:
-    examples = [row for split in SIZES for row in rows("mood", split)]
-    loud = Counter(row["answer"] for row in examples if "!" in message(row["prompt"]))
-    asking = Counter(row["answer"] for row in examples if "?" in message(row["prompt"]))
-    for option in TASKS["mood"]:
-        assert 1 <= loud[option] <= 4
-        assert asking[option] >= 2
-    shouted = [row for row in examples if re.search(r"\b[A-Z]{3,}\b", message(row["prompt"]))]
-    assert len(shouted) <= 2

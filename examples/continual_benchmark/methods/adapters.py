@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,15 @@ from peft_aso import (
     ASOLoraConfig,
     ASOTrainerMixin,
     AttributionConfig,
-    initialize_from_inputs,
     load_chain,
     save_chain,
-    update_coefficients,
 )
 
 from ..parts import InPartsMixin
 from .base import Method
 from .gradients import PenaltyGradient
 
-# examples from which input directions are taken
-_FEW, _BATCH = 64, 16
+_FEW, _BATCH = 64, 16  # examples that `few_batches` gives, and how many in a batch
 
 
 class PenaltyTrainer(ASOTrainerMixin, InPartsMixin, Trainer):
@@ -41,10 +37,9 @@ class ASOLoRA(Method):
 
     @classmethod
     def first_stage(cls, settings: Any) -> dict[str, Any]:
-        """A first task has no history: how A starts, lambda_2 and which vectors are kept is all that matters."""
+        """A first task has no history: how A starts, lambda_2 and which vectors are stored is all that matters."""
         vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
-        # `inputs_hard` takes A from other examples than the two that the Trainer does not know of
-        start = {"projected": "default", "inputs_soft": "inputs"}.get(settings.init, settings.init)
+        start = "default" if settings.init == "projected" else settings.init
         unusual = {name: found for name, usual in _USUAL.items() if (found := getattr(settings, name)) != usual}
         return {"adapters": start, "vectors": vectors, **unusual}
 
@@ -83,17 +78,6 @@ class ASOLoRA(Method):
         else:
             self.model.add_adapter(task.name, self.config(index))
             self.model.set_adapter(task.name)
-        if self.settings.init in ("inputs", "inputs_soft"):
-            self.start_from_inputs(task)
-
-    def start_from_inputs(self, task: Task) -> None:
-        """A in the directions of the task's inputs: as they are, or so far out of the history's span as psi says."""
-        batches, project = self.few_batches(task), dict.fromkeys(self.model.base_model.history, 0.0)
-        if self.settings.init == "inputs_soft" and project:
-            project = update_coefficients(self.model, batches[:1]).soft_coefficients
-            means = {name: statistics.mean(psi) if isinstance(psi, list) else psi for name, psi in project.items()}
-            project = {name: min(max(psi, 0.0), 1.0) for name, psi in means.items()}  # where w is below 0, all of it
-        initialize_from_inputs(self.model, batches, project=project)
 
     def few_batches(self, task: Task) -> list[dict[str, Any]]:
         """The first examples of a task, collated."""

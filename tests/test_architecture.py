@@ -1,0 +1,148 @@
+"""The layout of docs/architecture.md, read from the source: imports point downwards, documents link to what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "peft_aso"
+# Every module, lowest first: it imports what stands in an earlier row or left of a "<" before it, and nothing else of
+# ours. A package's `__init__.py` comes right after its modules.
+ORDER = """
+sharding, metrics < plots
+attribution: config, vector < quadrature, similarity, neurons < answer < integrated_gradients, shared_attention < fast
+tuner: config, low_rank < penalties, starts < history < layer < model
+registration
+training: coefficients < callback, init_from_inputs < trainer
+chain: manifest < save, export < hub < load
+cli
+"""
+LEVELS: dict[str, int] = {}
+for row in ORDER.strip().splitlines():
+    package, _, modules = row.rpartition(": ")
+    for names in [*modules.split(" < "), *([""] if package else [])]:
+        level = max(LEVELS.values(), default=0) + 1
+        LEVELS |= {f"{package}.{name}".strip("."): level for name in names.split(", ")}
+# What a module or package may not know of other libraries.
+FORBIDDEN = {
+    "attribution": {"peft", "huggingface_hub"},
+    "metrics": {"torch", "transformers", "peft", "matplotlib"},
+    "plots": {"torch", "transformers", "peft"},
+    **dict.fromkeys(("sharding", "tuner.low_rank", "tuner.penalties", "tuner.starts"), {"transformers", "peft"}),
+}
+PUBLIC = {PACKAGE, f"{PACKAGE}.attribution", f"{PACKAGE}.metrics", f"{PACKAGE}.plots"}
+MAX_LINES = 600
+UNFINISHED = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK"]) + r")\b")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_of(path: Path) -> str:
+    """`peft_aso/tuner/layer.py` -> "tuner.layer", `peft_aso/tuner/__init__.py` -> "tuner"."""
+    return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def ids(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def package_of(path: Path) -> str:
+    return ".".join(path.parent.relative_to(ROOT).parts)
+
+
+def imports(source: str, inside: str) -> Iterator[str]:
+    """The dotted names that a source file in the package `inside` imports, `from a import b` as `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = inside.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def broken_rules(module: str, source: str, inside: str) -> list[str]:
+    found = []
+    for name in imports(source, inside):
+        top, _, rest = name.partition(".")
+        if top in FORBIDDEN.get(module, FORBIDDEN.get(module.split(".")[0], ())):
+            found.append(f"{module} may not know {top}")
+        if top == PACKAGE and rest != "__version__":
+            known = [rest.rsplit(".", cut)[0] for cut in range(rest.count(".") + 1)]  # the longest that is a module
+            other = next((part for part in known if part in LEVELS), None)
+            if other is None or LEVELS[other] >= LEVELS[module]:
+                found.append(f"{module} imports {name}")
+    return found
+
+
+MODULES = [path for path in python_files(PACKAGE) if path != ROOT / PACKAGE / "__init__.py"]
+SOURCES = python_files(PACKAGE, "examples", "tests")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for at in ("docs", "examples") for path in (ROOT / at).rglob("*.md"))])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_imports_point_downwards(path: Path) -> None:
+    assert module_of(path) in LEVELS, "give the module its place in ORDER"
+    assert broken_rules(module_of(path), path.read_text(), package_of(path)) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import peft_aso.chain",
+        "from ..training import ASOTrainer",
+        "from .. import cli",
+        "from peft_aso import ASOTrainer",
+        "from .model import tuner_of",
+        "from . import model",
+        "def f():\n    from ..chain import save",
+    ],
+)
+def test_the_rule_sees_each_kind_of_import(statement: str) -> None:
+    assert len(broken_rules("tuner.layer", statement, f"{PACKAGE}.tuner")) == 1
+    below = "from .. import __version__\nfrom ..attribution import find_neurons\nfrom . import config\nimport peft"
+    assert broken_rules("tuner.layer", below, f"{PACKAGE}.tuner") == []
+    assert len(broken_rules("attribution.vector", "import peft.tuners", f"{PACKAGE}.attribution")) == 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_a_file_has_a_docstring_is_finished_and_not_too_long(path: Path) -> None:
+    source = path.read_text()
+    empty_marker = path.name == "__init__.py" and not source.strip() and path.is_relative_to(ROOT / "tests")
+    assert empty_marker or ast.get_docstring(ast.parse(source))
+    assert UNFINISHED.search(source) is None
+    assert len(source.splitlines()) <= MAX_LINES
+
+
+def test_examples_use_public_names_only() -> None:
+    for path in python_files("examples"):
+        for name in imports(path.read_text(), package_of(path)):
+            if name.split(".")[0] == PACKAGE:
+                module, _, last = name.rpartition(".")
+                assert name in PUBLIC or (module in PUBLIC and not last.startswith("_")), f"{path}: {name}"
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a document, those in code left out."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+def test_links_in_documents_resolve(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert UNFINISHED.search(text) is None
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("https://", "http://")):
+            file, _, anchor = target.partition("#")
+            there = path.parent / file if file else path
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), target
