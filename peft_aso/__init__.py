@@ -11,8 +11,17 @@ __version__ = "0.1.0"
 
 from . import metrics, plots
 from .attribution import AttributionVector, similarity
-from .chain import ChainError, export_lora, export_merged, remove_task, save_chain
-from .hub import load_chain, load_history, push_chain, update_task
+from .chain import (
+    ChainError,
+    export_lora,
+    export_merged,
+    load_chain,
+    load_history,
+    push_chain,
+    remove_task,
+    save_chain,
+    update_task,
+)
 from .registration import register
 from .training import (
     ASOSeq2SeqTrainer,
@@ -31,7 +40,7 @@ register()
 def __getattr__(name: str) -> Any:
     """`ASOSFTTrainer`, which needs TRL, is looked for when it is asked for."""
     if name == "ASOSFTTrainer":
-        from .training.sft import ASOSFTTrainer
+        from .training.trainer import ASOSFTTrainer
 
         return ASOSFTTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -132,8 +132,8 @@ def _stronger(
 
 def _sameness(bench: Bench, vector: AttributionVector, scores: dict[str, torch.Tensor]) -> list[Sameness]:
     """The layers that Captum ran: against the largest score of the batch, and of each example."""
-    ours = vector.scores
-    mine = torch.cat([ours[:, vector.slices()[name]] for name in scores], 1)
+    columns = {name: slice(start, stop) for name, start, stop in vector.layout}
+    mine = torch.cat([vector.scores[:, columns[name]] for name in scores], 1)
     theirs = torch.cat(list(scores.values()), 1).to(mine.device)
     rows = max(relative(a, b) for a, b in zip(mine, theirs, strict=True))
     # in half precision each side rounds the model's states in its own way: the check is for gross errors only

@@ -5,26 +5,26 @@ Knows transformers and tensors, and nothing of adapters or training: it can be u
 
 from __future__ import annotations
 
-from .answer import MAX_ANSWER_TOKENS
+from .answer import read_batch
 from .config import AttributionConfig
+from .fast import FastPathUnsupported, attribute
 from .integrated_gradients import integrated_gradients
-from .neurons import NeuronLayer, find_neurons, unwrap
-from .similarity import Prepared, average_ranks, prepare, similarity, similarity_matrix
+from .neurons import NeuronLayer, eval_mode, find_neurons, unwrap
+from .similarity import normalized, similarity, similarity_matrix
 from .vector import AttributionVector, Layout
-from .window import FastWayUnsupported
 
 __all__ = [
-    "MAX_ANSWER_TOKENS",
     "AttributionConfig",
     "AttributionVector",
-    "FastWayUnsupported",
+    "FastPathUnsupported",
     "Layout",
     "NeuronLayer",
-    "Prepared",
-    "average_ranks",
+    "attribute",
+    "eval_mode",
     "find_neurons",
     "integrated_gradients",
-    "prepare",
+    "normalized",
+    "read_batch",
     "similarity",
     "similarity_matrix",
     "unwrap",

@@ -1,20 +1,14 @@
-"""Attribution of an answer to the FFN neurons of a transformer, by integrated gradients (Eq. 8-12).
+"""Integrated gradients of an answer with respect to the FFN neurons, as in the paper (Eq. 8-12): the reference.
 
-For each layer apart, the neurons at the answer's positions are scaled together from zero to their values, the
-other layers following the forward pass, and the gradient of P(y* given x) is summed over the steps:
+    Attr(n_i) = n_i * sum_k weight_k * dP/dn_i (node_k * n),    Eq. 11: node_k = k/m, weight_k = 1/m
 
-    Attr(n_i) = n_i * sum_k weight_k * dP/dn_i (factor_k * n),    Eq. 11: factor_k = k/m, weight_k = 1/m
-
-Two ways give the same numbers. The plain way runs the whole model for every layer and step. The fast way
-computes the prompt once, runs only the answer, and hands on what lies below the layer (window.py, replay.py);
-it is used where the model allows it, after a self-check.
+The whole model runs for every layer and node. fast.py has the same numbers, two orders of magnitude faster.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,198 +16,153 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..sharding import gathered
-from .answer import MAX_ANSWER_TOKENS, Answer, read_batch
-from .findings import Findings
-from .memory import RowBudget
-from .neurons import NeuronLayer, find_neurons, unwrap
-from .packing import alike, of_examples
-from .passes import Pass, PlainPass
-from .quadrature import Path, path
-from .quiet import undisturbed
-from .scores import scores_of
-from .self_check import compare, copies_prompts, must_copy_prompts, verdict
-from .steps import groups, record, sweeps, unscaled_gradients
-from .vector import AttributionVector, float64
-from .window import CausalWindow, DecoderWindow, FastWayUnsupported, WindowPass, position_convention, telling_examples
-
-logger = logging.getLogger(__name__)
-
-METHODS = ("auto", "fast", "plain")
-STACKS = ("all", "encoder", "decoder")
-
-Inputs = dict[str, torch.Tensor]
+from .answer import forward_parameters, log_probability, read_batch
+from .config import AttributionConfig
+from .neurons import NeuronLayer, eval_mode, find_neurons, rows_that_fit, unwrap
+from .quadrature import Gradients, Samples, nodes_and_weights, refine
+from .vector import AttributionVector, LayerScores, assemble, float64
 
 
 def integrated_gradients(
     model: nn.Module,
     batch: Mapping[str, Any],
+    config: AttributionConfig | None = None,
     *,
-    steps: int = 20,
-    quadrature: str = "riemann",
-    neurons: str | Sequence[str] | None = None,
-    stacks: str = "all",
-    max_rows: int | None = None,
-    method: str = "auto",
-    max_answer_tokens: int = MAX_ANSWER_TOKENS,
     progress: bool = False,
 ) -> AttributionVector:
     """Integrated gradients of P(y* given x) for every FFN neuron, one row per example (Eq. 8-12).
 
-    The model runs in eval mode and is left as it was found: training flags, random state, gradients, hooks
-    and configuration. The caller's autocast applies; probabilities are taken in float32 at least.
+    Each layer's neurons at the answer's positions are scaled together, and the layers above follow. The model runs in
+    eval mode and is left as it was found.
 
     Args:
-        model: a transformers model, or a wrapper of one (PEFT, torch.compile, DistributedDataParallel). What
-            its adapters are set to is what is attributed.
+        model: a transformers model, or a wrapper of one (PEFT, torch.compile, DistributedDataParallel). The adapters
+            that are active in it are part of it.
         batch: a collated batch with `labels`, -100 where there is no answer (see answer.py).
-        steps: m of Eq. 11; with "adaptive" 1/m is the tolerance.
-        quadrature: "riemann" (the paper's right sum), "gauss_legendre", or "adaptive": for each layer and example as
-            few nodes as it takes for the change of P to come out right to a part 1/m (see adaptive.py).
-        neurons: None to find down projections by structure, a regular expression for whole module names, or a
-            list of suffixes.
-        stacks: "all", or only the "encoder" or the "decoder" of an encoder-decoder model.
-        max_rows: how many rows (examples x steps x layers) go through the model at once; None chooses by the memory
-            that is free (see memory.py). It changes the last digits at most.
-        method: "auto" takes the fast way where the self-check passes and falls back with a warning, "fast"
-            raises instead of falling back, "plain" runs the whole model for each layer.
-        max_answer_tokens: a longer answer is refused: most often a prompt that was not masked.
+        config: `steps`, `quadrature`, `neurons`, `stacks`, `max_rows`, `max_answer_tokens`; None: the paper's right
+            Riemann sum with 20 steps.
         progress: show a bar over layers while it runs.
 
     Returns:
-        an `AttributionVector`: values `(batch, N)`, layers in the order of `named_modules()`.
+        An `AttributionVector`: values `(batch, N)`, layers in the order of `named_modules()`.
 
     Raises:
-        ValueError: settings or a batch that are wrong (see `read_batch`, `find_neurons`), NaN or Inf in the
-            result.
-        FastWayUnsupported: only with method "fast".
+        ValueError: a batch or a setting that does not fit the model (see `read_batch`, `find_neurons`); a layer that
+            runs more than once in a forward pass, or never; NaN or Inf in the result.
     """
-    rule = path(steps, quadrature)
-    _check_settings(method, stacks, max_rows)
+    config = config or AttributionConfig(quadrature="riemann")
     model = unwrap(model)
-    layers = _of_stack(model, find_neurons(model, neurons), stacks)
-    with gathered(model), undisturbed(model):
-        inputs, answer = read_batch(model, batch, max_answer_tokens)
-        found = Findings()
-        total = len(layers) * len(answer.targets)
-        with tqdm(total=total, desc="attribution", unit="layer", leave=False, disable=not progress) as bar:
-            for rows, run, part, skip in _plan(model, inputs, answer, layers, method):
-                _run_layers(run, part, rule, max_rows, skip, found, rows, bar)
-        return found.vector(layers)
+    layers = find_neurons(model, config.neurons, config.stacks)  # Eq. 8
+    with gathered(model), eval_mode(model):
+        read = read_batch(model, batch, config.max_answer_tokens)
+        width = max(mask.shape[1] for mask in read.positions.values())
+        max_rows = config.max_rows or rows_that_fit(model, layers, width, width, read.targets[0].numel())[0]
+        options = {"return_dict": True, **({"use_cache": False} if "use_cache" in forward_parameters(model) else {})}
+
+        def log_p(rows: torch.Tensor) -> torch.Tensor:
+            """log P(y* given x), Eq. 9, with the examples `rows` as the batch."""
+            rows = rows.to(read.targets.device)
+            return log_probability(model(**read.rows(rows), **options).logits, read.targets[rows])
+
+        scores = {}
+        for layer in tqdm(layers, desc="attribution", unit="layer", leave=False, disable=not progress):
+            scores[layer.name] = layer_scores(log_p, layer, read.positions[layer.stack], config, max_rows)
+        with torch.no_grad():
+            unscaled = log_p(torch.arange(len(read)))
+        return assemble(scores, float64(unscaled))  # Eq. 12
 
 
-def _check_settings(method: str, stacks: str, max_rows: int | None) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
-    if stacks not in STACKS:
-        raise ValueError(f"stacks is one of {', '.join(STACKS)}, not {stacks!r}")
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows is at least 1, or None to choose it by memory, not {max_rows!r}")
+def layer_scores(
+    log_p: Callable[[torch.Tensor], torch.Tensor],
+    layer: NeuronLayer,
+    positions: torch.Tensor,
+    config: AttributionConfig,
+    max_rows: int,
+) -> LayerScores:
+    """Eq. 11 for one layer.
+
+    Args:
+        log_p: runs the model on rows of examples, `(R,)` -> log P(y* given x) `(R,)`.
+        positions: bool `(B, L)`, where the neurons are scaled.
+        max_rows: rows that may run at once.
+    """
+
+    def gradients(examples: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
+        """n * d log P / dn where the neurons are node * n (Eq. 10), for examples `(E,)` at nodes `(E, K)`."""
+        samples = []
+        rows = examples.repeat_interleave(nodes.shape[1])
+        for row, node in zip(rows.split(max_rows), nodes.flatten().split(max_rows), strict=True):
+            with scaled_neurons(layer, node, positions[row.to(positions.device)]) as (neurons, scaled):
+                found = log_p(row)
+            check_runs(layer, len(scaled))
+            (gradient,) = torch.autograd.grad(found.sum(), scaled)
+            samples.append(Samples(row, node, found, (neurons[0] * gradient).sum(1)))
+        return samples
+
+    nodes, weights = nodes_and_weights(config)
+    samples = Samples.cat(gradients(torch.arange(len(positions)), nodes.expand(len(positions), -1)))
+    return integrate(gradients, samples, weights, config)
 
 
-def _of_stack(model: nn.Module, layers: list[NeuronLayer], stacks: str) -> list[NeuronLayer]:
-    if stacks == "all":
-        return layers
-    chosen = [layer for layer in layers if layer.stack == stacks]
-    if not chosen:
-        raise ValueError(
-            f"stacks={stacks!r}, but {type(model).__name__} has no FFN neurons in such a stack: use stacks='all'"
-        )
-    return chosen
+def integrate(gradients: Gradients, samples: Samples, weights: torch.Tensor, config: AttributionConfig) -> LayerScores:
+    """Eq. 11 from the gradients at the rule's nodes; "adaptive" takes more where they are needed.
+
+    Args:
+        gradients: how to take more.
+        samples: of every example at the nodes of the rule.
+        weights: of the rule's nodes in ascending order, `(K,)`.
+    """
+    if config.quadrature == "adaptive":
+        return weighted_sum(*refine(gradients, samples, tolerance=1 / config.steps, most=4 * config.steps))
+    place = samples.key().argsort().argsort()  # of each sample among all, example by example
+    return weighted_sum(samples, weights[place % len(weights)])
 
 
-def _plan(
-    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], method: str
-) -> Iterable[tuple[torch.Tensor, Pass, list[NeuronLayer], bool]]:
-    """(examples, their pass, its layers, whether blocks below are skipped), fast where that is possible."""
-    everything = torch.arange(len(answer.targets), device=answer.targets.device)
-    for stack in dict.fromkeys(layer.stack for layer in layers):
-        own = [layer for layer in layers if layer.stack == stack]
-        inside = [layer for layer in own if layer.block is not None] if method != "plain" else []
-        fast = _fast_pass(model, inputs, answer, inside, method) if inside else None
-        for rows, run in fast or ():
-            yield rows, run, inside, True
-        rest = own if fast is None else [layer for layer in own if layer.block is None]
-        if rest:
-            outside = any(layer.block is None for layer in rest)
-            yield everything, PlainPass(model, inputs, answer, whole=outside), rest, False
+def weighted_sum(samples: Samples, weights: torch.Tensor) -> LayerScores:
+    """Eq. 11, sum_k weight_k * n * dP_k/dn, where dP = P d log P.
+
+    P may be far below the range of a float, so each P_k is taken relative to the example's largest: the scores are
+    `values * exp(log_scale)`.
+    """
+    log_scale = samples.largest_log_p()
+    p = torch.exp(samples.log_p - log_scale[samples.examples])
+    terms = float64(samples.gradients)
+    terms = terms * (weights * p).to(terms.device)[:, None]
+    values = terms.new_zeros(len(log_scale), terms.shape[1]).index_add_(0, samples.examples.to(terms.device), terms)
+    return LayerScores(values, log_scale.to(values.device), nodes=len(samples.key().unique()) / len(log_scale))
 
 
-def _fast_pass(
-    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], method: str
-) -> list[tuple[torch.Tensor, Pass]] | None:
-    """Checked fast passes for layers of one stack, with their examples; None (with a warning) where only the
-    plain way is right."""
-    stack = layers[0].stack
+@contextmanager
+def scaled_neurons(
+    layer: NeuronLayer, nodes: torch.Tensor, positions: torch.Tensor
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Scale the neurons of `layer` in the forward pass run inside, by `nodes` `(R,)`, at `positions` `(R, L)`.
+
+    Yields two lists, which have an entry for each time that the layer has run: its neurons n, at least float32
+    `(R, L, size)`, zero outside of `positions`; and node * n, to differentiate by.
+    """
+    neurons: list[torch.Tensor] = []
+    scaled: list[torch.Tensor] = []
+
+    def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = layer.by_position(args[0].detach(), *positions.shape)
+        chosen = positions.to(own.device)[..., None]
+        # padding may be NaN
+        neurons.append(own.to(torch.promote_types(own.dtype, torch.float32)).masked_fill(~chosen, 0.0))
+        scaled.append((neurons[-1] * nodes.to(neurons[-1])[:, None, None]).requires_grad_())
+        return (torch.where(chosen, scaled[-1].to(own.dtype), own).view_as(args[0]), *args[1:])
+
+    hook = layer.module.register_forward_pre_hook(scale)
     try:
-        rows, facts = telling_examples(inputs, answer, stack)
-        reason = verdict(
-            model, f"{answer.kind}, {stack}, {facts}", lambda: _self_check(model, inputs, answer, layers, rows)
+        yield neurons, scaled
+    finally:
+        hook.remove()
+
+
+def check_runs(layer: NeuronLayer, runs: int) -> None:
+    """Raise ValueError unless the layer ran once in a forward pass."""
+    if runs != 1:
+        raise ValueError(
+            f"{layer.name} ran {runs} times in one forward pass, so it has no single set of neurons (blocks that "
+            "share weights, or experts). Leave it out with AttributionConfig(neurons=...)."
         )
-        if reason is None:
-            parts = alike(answer, stack)
-            return [(rows, _make_fast(model, *of_examples(inputs, answer, rows), stack)) for rows in parts]
-        if method == "fast":
-            raise FastWayUnsupported(f"the fast way did not pass its self-check on {type(model).__name__}: {reason}")
-    except FastWayUnsupported as error:
-        if method == "fast":
-            raise
-        warnings.warn(f"attribution of this batch runs the plain way: {error}", stacklevel=4)
-    return None
-
-
-def _make_fast(model: nn.Module, inputs: Inputs, answer: Answer, stack: str, extra_padding: int = 0) -> Pass:
-    run: WindowPass
-    if answer.kind == "causal":
-        convention = position_convention(model, inputs, answer.positions["single"])
-        run = CausalWindow(model, inputs, answer, convention, extra_padding)
-    elif answer.kind == "seq2seq" and stack == "decoder":
-        run = DecoderWindow(model, inputs, answer)
-    else:  # an encoder sees everything at once: the whole batch is run, from the scaled block upwards
-        return PlainPass(model, inputs, answer, lean=True)
-    run.shared = not copies_prompts(model)
-    return run
-
-
-def _self_check(
-    model: nn.Module, inputs: Inputs, answer: Answer, layers: list[NeuronLayer], rows: torch.Tensor
-) -> str | None:
-    few, theirs = of_examples(inputs, answer, rows)
-    plain = PlainPass(model, few, theirs)
-    fast = _make_fast(model, few, theirs, layers[0].stack, extra_padding=2)
-    if isinstance(fast, WindowPass) and fast.shared:
-        try:
-            if compare(fast, plain, layers) is None:
-                return None
-        except Exception as error:  # whatever sharing trips over, copies of the prompt for each row do not need it
-            logger.info("%s: prompts are copied, not shared: %s", type(model).__name__, error)
-        must_copy_prompts(model)
-        fast.shared = False
-    return compare(fast, plain, layers)
-
-
-def _run_layers(
-    run: Pass,
-    layers: list[NeuronLayer],
-    rule: Path,
-    max_rows: int | None,
-    skip: bool,
-    found: Findings,
-    examples: torch.Tensor,
-    bar: tqdm,
-) -> None:
-    """Add what `layers` score on `examples` to `found`; the bar counts layers of the whole batch."""
-    budget = RowBudget.of(run, layers, max_rows)
-    for group in groups(run, layers):
-        # at the node 1 nothing is scaled, and one pass has the gradients of all layers
-        shared = skip and bool(rule.nodes[-1] == 1) and run.batch_size <= budget.rows
-        recording = record(run, group, outputs=skip, live=shared)
-        unscaled = unscaled_gradients(run, group, recording) if shared else {}
-        assert recording.log_probability is not None
-        found.add_log_probability(examples, float64(recording.log_probability.detach()))
-        each = run.batch_size * max(1, len(rule.nodes) - shared)
-        parts = sweeps(group, each, budget) if skip and run.can_sweep else [[layer] for layer in group]
-        for part in parts:
-            scores = scores_of(run, part, recording, rule, budget.rows, skip, unscaled)
-            for layer, score in zip(part, scores, strict=True):
-                found.add(examples, layer, score)
-            bar.update(len(part) * run.batch_size)

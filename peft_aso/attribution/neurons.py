@@ -1,4 +1,4 @@
-"""Finding the FFN neurons of a transformer (Eq. 8): the inputs of each block's down projection.
+"""The FFN neurons of a transformer (Eq. 8): the inputs of each block's down projection.
 
 They are found by structure, not by a list of model names. Among the linear layers of a block that are not
 part of its attention, the down projection is the last one mapping f features to h, for which an earlier one
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import psutil
+import torch
 from torch import nn
 
-_SETTING = "`neurons=` of compute_attribution, or `AttributionConfig(neurons=...)`"
+_SETTING = "`AttributionConfig(neurons=...)`"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -39,6 +43,19 @@ class NeuronLayer:
     stack: str
     blocks: list[nn.Module] = field(default_factory=list, repr=False)
 
+    def by_position(self, neurons: torch.Tensor, rows: int, positions: int) -> torch.Tensor:
+        """What the down projection is given, as `(rows, positions, size)`; OPT flattens rows and positions.
+
+        Raises:
+            ValueError: it is not one vector for each position (experts see some tokens only).
+        """
+        if neurons.numel() != rows * positions * self.size:
+            raise ValueError(
+                f"The input of {self.name} has shape {tuple(neurons.shape)}, not one vector of {self.size} for each "
+                f"of {rows} x {positions} positions. Leave it out with {_SETTING}."
+            )
+        return neurons.reshape(rows, positions, self.size)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DistributedDataParallel and PEFT, in whatever order.
@@ -47,61 +64,116 @@ def unwrap(model: nn.Module) -> nn.Module:
         ValueError: a PEFT model of the prompt-learning kind, whose virtual tokens live in the wrapper.
     """
     while True:
-        settings = getattr(model, "active_peft_config", None)
-        if getattr(settings, "is_prompt_learning", False):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
-                "prompt-learning adapters (prompt, prefix or P-tuning) put tokens in front of the model from "
-                "outside, which attribution cannot follow; use an adapter that lives in the layers, such as "
-                "LoRA"
+                "Attribution cannot follow prompt-learning adapters (prompt, prefix or P-tuning), which add tokens "
+                "outside of the model. Use an adapter that lives in the layers, such as LoRA."
             )
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # type: ignore[assignment]
-        elif callable(getattr(model, "get_base_model", None)) and model.get_base_model() is not model:  # type: ignore[operator]
-            model = model.get_base_model()  # type: ignore[operator]
+        base = getattr(model, "get_base_model", None)
+        for inner in (getattr(model, "_orig_mod", None), getattr(model, "module", None), base() if base else None):
+            if isinstance(inner, nn.Module) and inner is not model:
+                model = inner
+                break
         else:
             return model
 
 
-def find_neurons(model: nn.Module, neurons: str | Sequence[str] | None = None) -> list[NeuronLayer]:
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and gradients inside; each module's training flag and the random state are restored afterwards.
+
+    Works under the caller's `no_grad` and `inference_mode`.
+    """
+    training = {module: module.training for module in model.modules()}
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        # weights that autocast has cast without a gradient must not be found by the caller's training step
+        torch.clear_autocast_cache()
+
+
+def find_neurons(
+    model: nn.Module, neurons: str | Sequence[str] | None = None, stacks: str = "all"
+) -> list[NeuronLayer]:
     """Every FFN down projection of `model`, in the order of `named_modules()`.
 
     Args:
         model: a transformers model; wrappers are looked through.
         neurons: None finds them by structure. A string is a regular expression that must match the whole
             module name; a list holds suffixes of module names, as PEFT's `target_modules` does.
+        stacks: "all", or only the "encoder" or the "decoder" of an encoder-decoder.
 
     Raises:
-        ValueError: none found, experts (fused or in a list) in a block, or a setting that matches no linear
-            layer.
+        ValueError: none found, experts in a block, a setting that matches no linear layer, a stack without neurons.
     """
     model = unwrap(model)
     names = {module: name for name, module in model.named_modules()}
-    stacks = _stacks(model)
+    lists = _lists_of_blocks(model)
     if neurons is None:
-        found = [down for _, blocks in stacks for block in blocks if (down := _down_projection(block, names))]
+        downs = [_down_projection(block, names) for _, blocks in lists for block in blocks]
+        found = {down for down in downs if down is not None}
         if not found:
             raise ValueError(
-                f"no FFN down projection found in {type(model).__name__}: no block has a linear layer from "
-                f"its hidden size to f features followed by one back from f. Name them with {_SETTING}: a "
-                "regular expression for whole module names, or a list of suffixes such as ['down_proj']"
+                f"There is no FFN down projection in {type(model).__name__}: no block has a linear layer from h to f "
+                f"features followed by one from f to h. Name them with {_SETTING}: a regular expression for whole "
+                "module names, or a list of suffixes such as ['down_proj']."
             )
     else:
         found = _named(model, neurons)
-    where = {block: (prefix, blocks, index) for prefix, blocks in stacks for index, block in enumerate(blocks)}
+    where = {block: (prefix, blocks, index) for prefix, blocks in lists for index, block in enumerate(blocks)}
     owner = {module: block for block in where for module in block.modules()}
-    order = {module: index for index, module in enumerate(names)}
-    return [_layer(model, module, names, owner, where) for module in sorted(set(found), key=lambda m: order[m])]
+    layers = []
+    for module, name in names.items():
+        widths = _widths(module)
+        if module not in found or widths is None:
+            continue
+        block = owner.get(module)
+        prefix, blocks, index = where[block] if block is not None else (name, [], -1)
+        stack = "single"
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            stack = "decoder" if "decoder" in prefix.split(".") else "encoder"
+        layers.append(NeuronLayer(name, module, widths[0], block, index, stack, blocks))
+    if stacks != "all":
+        layers = [layer for layer in layers if layer.stack == stacks]
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no FFN neurons in a stack {stacks!r}. Use stacks='all'.")
+    return layers
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, transformers' Conv1D, quantized linears and adapters around them: all say their two
-    widths."""
-    return _widths(module) is not None
+def rows_that_fit(
+    model: nn.Module, layers: list[NeuronLayer], positions: int, keys: int, logits: int, copied: int = 0
+) -> tuple[int, float]:
+    """How many rows run at once in a pass with gradients: as many as a part of the free memory holds, and no more than
+    pays; and which part of a row's memory does not depend on how many blocks run.
+
+    Args:
+        positions: tokens of a row that run, of `keys` that each attends to.
+        logits: positions at which logits are computed.
+        copied: tokens whose keys and values are copied for each row.
+    """
+    text: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    hidden = int(getattr(text, "hidden_size", None) or layers[0].size // 4)
+    heads, vocabulary = int(getattr(text, "num_attention_heads", None) or 16), int(getattr(text, "vocab_size", 0) or 0)
+    blocks = max(len(layer.blocks) for layer in layers) or 1
+    activations = 4 * blocks * positions * (10 * hidden + 4 * max(layer.size for layer in layers))
+    besides = 8 * blocks * (positions * heads * keys + hidden * copied) + 12 * logits * vocabulary
+    device = next(model.parameters()).device
+    free, most = 2 * 2**30, 512  # where the free memory is not known
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, most = (torch.cuda.mem_get_info(device)[0] + unused) // 2, 4096
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available // 4
+    return max(1, min(most, free // (activations + besides))), besides / (activations + besides)
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output features of nn.Linear, transformers' Conv1D, quantized linears and adapters around them."""
     for names in (("in_features", "out_features"), ("nx", "nf")):
         widths = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(width, int) for width in widths):
@@ -110,7 +182,7 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return _widths(base) if isinstance(base, nn.Module) else None
 
 
-def _stacks(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+def _lists_of_blocks(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     """The outermost lists of modules: (name, blocks)."""
     found: list[tuple[str, list[nn.Module]]] = []
     for name, module in model.named_modules():
@@ -120,98 +192,55 @@ def _stacks(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     return found
 
 
-def _linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, int, int]]:
-    """(name, module, in, out) of the linear layers below `module`, attention left out, in order of
-    registration."""
-    widths = _widths(module)
-    if widths is not None:
-        yield name, module, *widths
-        return
-    for child_name, child in module.named_children():
-        if not (_ATTENTION.search(child_name) or _ATTENTION.search(type(child).__name__)):
-            yield from _linears(child, f"{name}.{child_name}" if name else child_name)
+def _outside_attention(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and what is below it, down to the linear layers, without attention; in order of registration."""
+    yield module
+    if _widths(module) is None:
+        for name, child in module.named_children():
+            if not (_ATTENTION.search(name) or _ATTENTION.search(type(child).__name__)):
+                yield from _outside_attention(child)
 
 
-def _down_projection(block: nn.Module, names: dict[nn.Module, str]) -> nn.Module | None:
-    _refuse_experts(block, names)
-    linears = list(_linears(block))
-    return _last_down([(module, width_in, width_out) for _, module, width_in, width_out in linears])
-
-
-def _last_down(linears: list[tuple[nn.Module, int, int]]) -> nn.Module | None:
-    for index in range(len(linears) - 1, 0, -1):
-        module, size, hidden = linears[index]
-        if any(width_in == hidden and width_out in (size, 2 * size) for _, width_in, width_out in linears[:index]):
+def _last_down(block: nn.Module) -> nn.Module | None:
+    linears = [(module, _widths(module)) for module in _outside_attention(block)]
+    known = [(module, widths) for module, widths in linears if widths is not None]
+    for index in range(len(known) - 1, 0, -1):
+        module, (size, hidden) = known[index]
+        if any(given == hidden and made in (size, 2 * size) for _, (given, made) in known[:index]):
             return module
     return None
 
 
-def _refuse_experts(block: nn.Module, names: dict[nn.Module, str]) -> None:
-    """A mixture of experts has no single input of a down projection: ValueError that names the setting."""
-    culprit = None
+def _down_projection(block: nn.Module, names: dict[nn.Module, str]) -> nn.Module | None:
+    """The block's down projection; ValueError for a mixture of experts, which has no single one."""
     for module in _outside_attention(block):
         fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-        if fused and not isinstance(module, nn.modules.conv._ConvNd):
-            culprit = module
+        experts = fused and not isinstance(module, nn.modules.conv._ConvNd)
         if isinstance(module, nn.ModuleList):
-            downs = [_last_down([(m, i, o) for _, m, i, o in _linears(element)]) for element in module]
-            if sum(down is not None for down in downs) > 1:
-                culprit = module
-        if culprit is not None:
+            experts = sum(_last_down(element) is not None for element in module) > 1
+        if experts:
             raise ValueError(
-                f"{names[culprit]} looks like a mixture of experts: a token passes through some of its FFNs "
-                "only, so its neurons cannot be found by structure. Name the modules to attribute with "
-                f"{_SETTING}, for instance the dense or shared FFNs of the model"
+                f"{names[module]} looks like a mixture of experts: a token passes through some of its FFNs only. "
+                f"Name the modules to attribute with {_SETTING}, for instance the dense or shared FFNs."
             )
+    return _last_down(block)
 
 
-def _outside_attention(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    if _widths(module) is not None:
-        return
-    for name, child in module.named_children():
-        if not (_ATTENTION.search(name) or _ATTENTION.search(type(child).__name__)):
-            yield from _outside_attention(child)
-
-
-def _named(model: nn.Module, neurons: str | Sequence[str]) -> list[nn.Module]:
+def _named(model: nn.Module, neurons: str | Sequence[str]) -> set[nn.Module]:
+    linears = {name: module for name, module in model.named_modules() if _widths(module) is not None}
     if isinstance(neurons, str):
         try:
             pattern = re.compile(neurons)
         except re.error as error:
-            raise ValueError(f"neurons={neurons!r} is not a regular expression: {error}") from None
-        matched = [module for name, module in model.named_modules() if pattern.fullmatch(name)]
+            raise ValueError(f"neurons={neurons!r} is not a regular expression: {error}.") from None
+        found = {module for name, module in linears.items() if pattern.fullmatch(name)}
     else:
-        suffixes = tuple(neurons)
-        matched = [
-            module
-            for name, module in model.named_modules()
-            if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
-        ]
-    found = [module for module in matched if is_linear(module)]
+        endings = tuple("." + suffix for suffix in neurons)
+        found = {module for name, module in linears.items() if ("." + name).endswith(endings)}
     if not found:
-        examples = [name for name, module in model.named_modules() if is_linear(module)][:6]
         raise ValueError(
             f"neurons={neurons!r} matches no linear layer of {type(model).__name__}. A string is a regular "
-            "expression for the whole module name, a list holds suffixes; linear layers here are "
-            + ", ".join(examples)
-            + ", ..."
+            "expression for the whole module name, a list has suffixes; linear layers here are "
+            f"{', '.join(list(linears)[:6])}, ..."
         )
     return found
-
-
-def _layer(
-    model: nn.Module,
-    module: nn.Module,
-    names: dict[nn.Module, str],
-    owner: dict[nn.Module, nn.Module],
-    where: dict[nn.Module, tuple[str, list[nn.Module], int]],
-) -> NeuronLayer:
-    widths = _widths(module)
-    assert widths is not None
-    block = owner.get(module)
-    prefix, blocks, index = where[block] if block is not None else (names[module], [], -1)
-    stack = "single"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        stack = "decoder" if "decoder" in prefix.split(".") else "encoder"
-    return NeuronLayer(names[module], module, widths[0], block, index, stack, blocks)

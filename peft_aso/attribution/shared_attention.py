@@ -1,17 +1,14 @@
-"""Attention of many rows to a few prompts, with each prompt's keys and values read in place.
+"""A prefix's keys and values, computed once and read by many rows of later forward passes.
 
-The rows of a window pass repeat a handful of examples hundreds of times. A cache that answers with one copy of the
-prompt a row moves far more memory than the attention has work to do, forwards and backwards. Here the model is
-handed its own new keys and values only, and an attention function of ours, put into transformers' registry under
-a name, adds the prompt: one matrix product for all rows of an example.
-
-A cache layer offers the prompt when the model updates it, and the attention that follows takes the offer. An offer
-that is not taken (a model whose attention does not go through the registry) is an error, never a wrong result.
+The rows of a pass repeat a few examples hundreds of times, and have their prefix in one of two ways (`PrefixLayer`).
+Copied: the cache returns the prefix's and the new keys and values in one tensor, a copy for each row. Shared: the new
+ones alone, and an attention function in transformers' registry adds the prefix, with one matrix product for all rows
+of an example. Sharing moves far less memory; copies work with attentions that bypass the registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,134 +17,191 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "peft_aso_shared_prompt"
+NAME = "peft_aso_shared_prefix"
 
 
 class SharingUnsupported(RuntimeError):
-    """This model's attention cannot be handed prompts to share; copies can."""
+    """This model's attention cannot share a prefix between rows; copies can be used."""
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """Which example each row is: the examples `which`, each `each` times, all that `times` times.
+def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """`value` with the function applied to its tensors, through tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):  # a ModelOutput is one, and stays one
+        return type(value)(**{name: each_tensor(function, item) for name, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(each_tensor(function, item) for item in value)
+    return value
 
-    A sweep over three layers with two steps of two examples has the rows 0 0 1 1, 0 0 1 1, 0 0 1 1.
+
+@dataclass
+class Rows:
+    """The rows of a forward pass: each of the examples `nodes` times, and all of that `layers` times.
+
+    With examples (0, 1), 2 nodes and 3 layers they are 0 0 1 1, 0 0 1 1, 0 0 1 1.
+
+    Attributes:
+        examples: int64 `(E,)`, indices into the batch, ascending.
+        of_batch: how many examples the batch has.
+        layers: how many of the repetitions run at present (an activation patch lets a part of them through a block).
     """
 
-    which: tuple[int, ...]
-    each: int
-    times: int
+    examples: torch.Tensor
+    of_batch: int
+    nodes: int = 1
+    layers: int = 1
 
     @property
-    def examples(self) -> int:
-        """How many examples there are."""
-        return len(self.which)
+    def per_layer(self) -> int:
+        """E * K."""
+        return len(self.examples) * self.nodes
 
-    @staticmethod
-    def of(rows: torch.Tensor) -> RowPlan:
-        """The plan that `rows` `(R,)` follow.
+    def indices(self) -> torch.Tensor:
+        """The example of each row, `(R,)`."""
+        return self.examples.repeat_interleave(self.nodes).repeat(self.layers)
 
-        Raises:
-            SharingUnsupported: they follow none.
-        """
-        listed = rows.tolist()
-        first = listed[0]
-        each = next((i for i, row in enumerate(listed) if row != first), len(listed))
-        period = next((i for i in range(each, len(listed)) if listed[i] == first), len(listed))
-        plan = RowPlan(tuple(listed[:period:each]), each, len(listed) // period)
-        one = [example for example in plan.which for _ in range(each)]
-        if one * plan.times != listed or len(set(plan.which)) < plan.examples:
-            raise SharingUnsupported("the rows of this pass do not repeat whole examples")
-        return plan
+    def take(self, value: Any) -> Any:
+        """The tensors in `value` that have the batch in their first dimension, with these rows; others stay."""
 
-    def shown(self, count: int | None) -> RowPlan:
-        """The plan of the first `count` rows, a whole number of repetitions."""
-        if count is None:
-            return self
-        if self.examples == 1:
-            return RowPlan(self.which, count, 1)
-        return RowPlan(self.which, self.each, count // (self.examples * self.each))
+        def taken(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim == 0 or len(tensor) != self.of_batch:
+                return tensor
+            if self.of_batch == 1:
+                return tensor.expand(self.nodes * self.layers, *tensor.shape[1:])
+            return tensor.index_select(0, self.indices().to(tensor.device))
 
-    def of_examples(self, states: torch.Tensor) -> torch.Tensor:
-        """The part of `states` `(B, ...)` that belongs to the plan's examples; neighbours are read in place."""
-        first, last = self.which[0], self.which[-1]
-        if self.which == tuple(range(first, last + 1)):
-            return states[first : last + 1]
-        return states[list(self.which)]
+        return each_tensor(taken, value)
 
-    def grouped(self, states: torch.Tensor, heads: int) -> torch.Tensor:
-        """`(R, heads * g, W, d)` as `(E, heads, n, g, W, d)`: the n rows of an example side by side."""
+    def by_example(self, states: torch.Tensor, heads: int) -> torch.Tensor:
+        """`(R, heads * g, W, d)` as `(E, heads, n, g, W, d)`: the n rows of an example in one dimension."""
         _, many, width, size = states.shape
-        split = states.view(self.times, self.examples, self.each, heads, many // heads, width, size)
-        return split.permute(1, 3, 0, 2, 4, 5, 6).reshape(self.examples, heads, -1, many // heads, width, size)
+        split = states.view(-1, len(self.examples), self.nodes, heads, many // heads, width, size)
+        return split.permute(1, 3, 0, 2, 4, 5, 6).reshape(len(self.examples), heads, -1, many // heads, width, size)
 
-    def ungrouped(self, states: torch.Tensor) -> torch.Tensor:
-        """`(E, heads, n, g, W, d)` back as `(R, W, heads * g, d)`, the layout of an attention's output."""
-        _, heads, _, group, width, size = states.shape
-        split = states.view(self.examples, heads, self.times, self.each, group, width, size)
+    def by_row(self, states: torch.Tensor) -> torch.Tensor:
+        """`(E, heads, n, g, W, d)` as `(R, W, heads * g, d)`, the layout of an attention's output."""
+        examples, heads, _, group, width, size = states.shape
+        split = states.view(examples, heads, -1, self.nodes, group, width, size)
         return split.permute(2, 0, 3, 5, 1, 4, 6).reshape(-1, width, heads * group, size)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Keys and values that the rows of `plan` share, `(E, heads, P, d)`; `whole`: they have no others."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    plan: RowPlan
-    whole: bool
+# at most one: the prefix that the next attention has to add, and whether it is all that is attended to (in
+# cross-attention); None outside of `shared_prefixes`
+_pending: ContextVar[list[tuple[PrefixLayer, bool]] | None] = ContextVar("pending", default=None)
 
 
-class Handover:
-    """From the cache, which knows the prompt, to the attention that follows."""
+class PrefixLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, `(B, heads, P, d)`, for `rows`; nothing is ever added.
 
-    def __init__(self) -> None:
-        self._offered: Prompt | None = None
+    Without keys it is an empty prefix: `update` returns what it was given.
+    """
 
-    def offer(self, prompt: Prompt) -> None:
-        """Called by the cache."""
-        self.check()
-        self._offered = prompt
+    def __init__(
+        self,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        rows: Rows | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.prefix, self.rows, self.shared = (keys, values), rows, shared
+        self.is_initialized = keys is not None
 
-    def take(self) -> Prompt | None:
-        """Called by the attention."""
-        prompt, self._offered = self._offered, None
-        return prompt
+    def of_examples(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the rows' examples, `(E, heads, P, d)` each."""
+        keys, values = self.prefix
+        assert keys is not None and values is not None
+        everything = len(rows.examples) == len(keys)
+        return (keys, values) if everything else (keys[rows.examples], values[rows.examples])
 
-    def check(self) -> None:
-        """Raise `SharingUnsupported` if the last offer was not taken."""
-        if self._offered is not None:
-            raise SharingUnsupported("an attention of this model does not go through transformers' registry")
+    def _hand_over(self, alone: bool) -> bool:
+        """Leave the prefix to the attention that follows, if it is shared."""
+        pending = _pending.get()
+        if not self.shared or pending is None or self.prefix[0] is None:
+            return False
+        _check_taken(pending)
+        pending.append((self, alone))
+        return True
+
+    # cross-attention reads these two, keys first, and calls no `update`
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self.prefix[0] if self.rows is None or self._hand_over(alone=True) else self.rows.take(self.prefix[0])
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self.prefix[1] if self.rows is None or self.shared else self.rows.take(self.prefix[1])
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.rows is None or self.prefix[0] is None or self._hand_over(alone=False):
+            return key_states, value_states
+        keys, values = self.rows.take(self.prefix)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.prefix[0] is None else self.prefix[0].shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
 
 
-_current: ContextVar[Handover | None] = ContextVar("handover", default=None)
+def prefix_cache(cache: Cache, rows: Rows, shared: bool) -> Cache:
+    """A read-only view of a filled cache for the rows of one pass.
+
+    Raises:
+        TypeError: the model has layers with a running state instead of keys and values.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+        return EncoderDecoderCache(*(prefix_cache(part, rows, shared) for part in parts))
+    if not cache.layers:
+        return Cache(layer_class_to_replicate=PrefixLayer)
+    for layer in cache.layers:
+        if not isinstance(layer, CacheLayerMixin):
+            raise TypeError(f"a {type(layer).__name__} has a running state, not keys and values for each token")
+    return Cache(layers=[PrefixLayer(layer.keys, layer.values, rows, shared) for layer in cache.layers])
 
 
 @contextmanager
-def sharing(model: nn.Module, handover: Handover) -> Iterator[None]:
-    """Inside, the model's attention is ours and takes its prompts from `handover`. Every offer must be taken."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            configs[id(config)] = config
-    held = [(config, config._attn_implementation_internal) for config in configs.values()]
-    token = _current.set(handover)
+def shared_prefixes(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's attention is `shared_prefix_attention`; every shared prefix has to pass through it.
+
+    Raises:
+        SharingUnsupported: a prefix was left over.
+    """
+    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
+    own = [(c, c._attn_implementation_internal) for c in configs.values() if isinstance(c, PreTrainedConfig)]
+    pending: list[tuple[PrefixLayer, bool]] = []
+    token = _pending.set(pending)
     try:
-        for config, _ in held:
+        for config, _ in own:
             config._attn_implementation_internal = NAME
         yield
-        handover.check()
+        _check_taken(pending)
     finally:
-        _current.reset(token)
-        for config, name in held:
+        _pending.reset(token)
+        for config, name in own:
             config._attn_implementation_internal = name
 
 
-def shared_prompt_attention(
+def _check_taken(pending: list[tuple[PrefixLayer, bool]]) -> None:
+    if pending:
+        raise SharingUnsupported("an attention of this model does not go through transformers' registry")
+
+
+def shared_prefix_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -158,141 +212,63 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: `(R, H, W, d)` queries, the answer as `(R, W, H, d)`.
+    """transformers' attention interface: `(R, H, W, d)` queries, the output as `(R, W, H, d)`.
 
-    Without a prompt on offer it is transformers' own sdpa.
+    Without a pending prefix it is transformers' own sdpa.
 
     Raises:
         SharingUnsupported: an attention with a term that is not known here (a softcap, sinks), or with shapes
             other than the cache's.
     """
-    handover = _current.get()
-    prompt = handover.take() if handover is not None else None
-    if prompt is None:
+    pending = _pending.get()
+    if not pending:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
         )  # fmt: skip
         return found
+    layer, alone = pending.pop()
+    assert layer.rows is not None
+    rows = layer.rows
+    prefix_keys, prefix_values = layer.of_examples(rows)
+    heads, length, width = prefix_keys.shape[1], prefix_keys.shape[2], query.shape[2]
     if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise SharingUnsupported("an attention with dropout, softcap or sinks")
-    plan, heads = prompt.plan, prompt.keys.shape[1]
-    if query.shape[1] % heads or (not prompt.whole and key.shape[1::2] != prompt.keys.shape[1::2]):
-        raise SharingUnsupported(f"keys of shape {tuple(key.shape)} beside a prompt of {tuple(prompt.keys.shape)}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    queries = plan.grouped(query, heads)
-    own = (None, None) if prompt.whole else tuple(plan.grouped(x, heads).squeeze(3) for x in (key * scale, value))
-    length = prompt.keys.shape[2]
-    bias = _bias(module, plan, queries, attention_mask, position_bias, length, 0 if prompt.whole else key.shape[2])
-    split = (None, None) if bias is None else (bias[..., :length], None if prompt.whole else bias[..., length:])
-    tensors = (queries, prompt.keys * scale, prompt.values, *own, *split)
-    attended = _Attend.apply(*tensors)  # type: ignore[no-untyped-call]
-    return plan.ungrouped(attended), None
+    if query.shape[1] % heads or (not alone and key.shape[1::2] != prefix_keys.shape[1::2]):
+        raise SharingUnsupported(f"keys of shape {tuple(key.shape)}, and in the cache {tuple(prefix_keys.shape)}")
+
+    q = rows.by_example(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), heads)
+    shape = q.shape[:-1]  # (E, heads, n, g, W)
+    scores = (q.flatten(2, 4) @ prefix_keys.mT).view(*shape, length)
+    own = 0 if alone else width
+    if own:
+        k, v = (rows.by_example(each, heads).squeeze(3) for each in (key, value))  # (E, heads, n, W, d)
+        scores = torch.cat([scores, (q.flatten(3, 4) @ k.mT).view(*shape, own)], -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if attention_mask is None and own > 1 and getattr(module, "is_causal", True):
+        attention_mask = torch.ones(1, 1, width, length + own, dtype=torch.bool, device=query.device).tril(length)
+    for bias in (attention_mask, position_bias):
+        if bias is not None:
+            scores = scores + _by_example(bias, rows, scores.shape)
+    to_prefix, to_own = scores.softmax(-1).to(query.dtype).split([length, own], -1)
+    attended = (to_prefix.flatten(2, 4) @ prefix_values).view(q.shape)
+    if own:
+        attended = attended + (to_own.flatten(3, 4) @ v).view(q.shape)
+    return rows.by_row(attended), None
 
 
-AttentionInterface.register(NAME, shared_prompt_attention)
+AttentionInterface.register(NAME, shared_prefix_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _bias(
-    module: nn.Module,
-    plan: RowPlan,
-    queries: torch.Tensor,
-    mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    prompt: int,
-    own: int,
-) -> torch.Tensor | None:
-    """What is added to the scores, float32 `(E or 1, heads or 1, 1, g or 1, W, P + own)`; None for nothing.
-
-    Rows of one example have one mask: the first row's is taken.
-    """
-    _, heads, _, group, width, _ = queries.shape
-    if mask is None and own > 1 and getattr(module, "is_causal", True):
-        mask = torch.ones(1, 1, width, prompt + own, dtype=torch.bool, device=queries.device).tril(prompt)
-    terms = []
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            lowest = torch.finfo(torch.float32).min
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
-        terms.append(mask)
-    if position_bias is not None:
-        terms.append(position_bias)
-    total = None
-    for term in terms:
-        if term.shape[-2:] != (width, prompt + own):
-            raise SharingUnsupported(f"a mask or bias of shape {tuple(term.shape)} beside {prompt + own} keys")
-        rows = len(term)
-        if rows > 1:
-            term = term[:: plan.each][: plan.examples]
-        by_head = term.shape[1] > 1
-        shape = (len(term), heads if by_head else 1, 1, group if by_head else 1, width, prompt + own)
-        part = term.detach().float().reshape(shape)
-        total = part if total is None else total + part
-    return total
-
-
-class _Attend(torch.autograd.Function):
-    """softmax([q kp^T + bias_p, q k^T + bias_k]) [vp, v] with a gradient to q, k and v, not to the prompt.
-
-    q `(E, heads, n, g, W, d)`, prompt keys and values `(E, heads, P, d)`, own ones `(E, heads, n, W, d)` or None. The
-    softmax is in float32 at least, as in transformers' own attention.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        prompt_k: torch.Tensor,
-        prompt_v: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        bias_p: torch.Tensor | None,
-        bias_k: torch.Tensor | None,
-    ) -> torch.Tensor:
-        examples, heads, n, group, width, size = q.shape
-        to_prompt = _wide(q.reshape(examples, heads, -1, size) @ prompt_k.transpose(-1, -2))
-        to_prompt = to_prompt.view(examples, heads, n, group, width, -1)
-        if bias_p is not None:
-            to_prompt.add_(bias_p)
-        top = to_prompt.amax(-1, keepdim=True)
-        to_own = None
-        if k is not None:
-            to_own = _wide(q.reshape(examples, heads, n, -1, size) @ k.transpose(-1, -2))
-            to_own = to_own.view(examples, heads, n, group, width, width)
-            if bias_k is not None:
-                to_own.add_(bias_k)
-            top = torch.maximum(top, to_own.amax(-1, keepdim=True))
-            to_own.sub_(top).exp_()
-        total = to_prompt.sub_(top).exp_().sum(-1, keepdim=True)
-        if to_own is not None:
-            total = total + to_own.sum(-1, keepdim=True)
-            to_own = to_own.div_(total).to(q.dtype)
-        to_prompt = to_prompt.div_(total).to(q.dtype)
-        result = (to_prompt.view(examples, heads, -1, to_prompt.shape[-1]) @ prompt_v).view(q.shape)
-        if to_own is not None and v is not None:
-            result = result + (to_own.view(examples, heads, n, -1, width) @ v).view(q.shape)
-        ctx.save_for_backward(q, prompt_k, prompt_v, k, v, to_prompt, to_own, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, prompt_k, prompt_v, k, v, to_prompt, to_own, result = ctx.saved_tensors
-        examples, heads, n, _, width, size = q.shape
-        gradient = gradients[0].contiguous()
-        mean = (_wide(gradient) * _wide(result)).sum(-1, keepdim=True)
-        scores = _wide(gradient.view(examples, heads, -1, size) @ prompt_v.transpose(-1, -2)).view(to_prompt.shape)
-        scores = scores.sub_(mean).mul_(to_prompt).to(q.dtype)
-        for_q = (scores.view(examples, heads, -1, scores.shape[-1]) @ prompt_k).view(q.shape)
-        if k is None:
-            return for_q, None, None, None, None, None, None
-        rows = gradient.view(examples, heads, n, -1, size)
-        for_v = to_own.view(examples, heads, n, -1, width).transpose(-1, -2) @ rows
-        scores = _wide(rows @ v.transpose(-1, -2)).view(to_own.shape).sub_(mean).mul_(to_own).to(q.dtype)
-        scores = scores.view(examples, heads, n, -1, width)
-        for_k = scores.transpose(-1, -2) @ q.reshape(examples, heads, n, -1, size)
-        return for_q + (scores @ k).view(q.shape), None, None, for_k, for_v, None, None
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _by_example(bias: torch.Tensor, rows: Rows, shape: torch.Size) -> torch.Tensor:
+    """What is added to scores `(E, heads, n, g, W, keys)`; the rows of an example have one mask, the first one's."""
+    _, heads, _, group, width, keys = shape
+    if bias.shape[-2:] != (width, keys):
+        raise SharingUnsupported(f"a mask or bias of shape {tuple(bias.shape)} for {keys} keys")
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, device=bias.device).masked_fill_(~bias, torch.finfo(torch.float32).min)
+    if len(bias) > 1:
+        bias = bias[:: rows.nodes][: len(rows.examples)]
+    per_head = (heads, 1, group) if bias.shape[1] > 1 else (1, 1, 1)
+    return bias.detach().float().view(len(bias), *per_head, width, keys)

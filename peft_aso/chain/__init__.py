@@ -1,11 +1,21 @@
-"""Chains of tasks on the disk: read, load, save, and export as one stock LoRA adapter."""
+"""Chains of tasks on disk and on the Hub: save, load, push, update, and export for programs without this package."""
 
 from __future__ import annotations
 
-from .errors import ChainError
-from .export import export_lora
-from .merged import export_merged
-from .removing import remove_task
-from .saving import save_chain
+from .export import export_lora, export_merged
+from .hub import push_chain
+from .load import load_chain, load_history, update_task
+from .manifest import ChainError
+from .save import remove_task, save_chain
 
-__all__ = ["ChainError", "export_lora", "export_merged", "remove_task", "save_chain"]
+__all__ = [
+    "ChainError",
+    "export_lora",
+    "export_merged",
+    "load_chain",
+    "load_history",
+    "push_chain",
+    "remove_task",
+    "save_chain",
+    "update_task",
+]

@@ -1,8 +1,7 @@
 """Training a task: attribution turned into coefficients, and the Trainer that adds the penalty to the loss."""
 
-from .attribution import compute_attribution
-from .coefficients import Coefficients, update_coefficients
-from .inputs import initialize_from_inputs
+from .coefficients import Coefficients, compute_attribution, update_coefficients
+from .init_from_inputs import initialize_from_inputs
 from .trainer import ASOSeq2SeqTrainer, ASOTrainer, ASOTrainerMixin
 
 __all__ = [

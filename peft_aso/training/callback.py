@@ -1,26 +1,40 @@
-"""When the coefficients are computed during a run: `ASOCallback`."""
+"""When the coefficients are computed during a run (`ASOCallback`), and on which examples (`choose_probe`)."""
 
 from __future__ import annotations
 
 import math
+import random
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import ASOLoraModel
-from .attribution import check_readable, try_attribution
-from .coefficients import Coefficients, agree, require_tuner, store_attribution, update_coefficients
-from .probe import NoAnswersError, choose_probe, seed_of
+from .coefficients import Coefficients, attribution_of, require_tuner, store_attribution, update_coefficients
+
+# examples in a batch of the probe; attribution splits it further by memory
+BATCH = 8
+
+
+class NoAnswersError(ValueError):
+    """All labels of the training data are -100: there is nothing to attribute, and no loss."""
 
 
 class ASOCallback(TrainerCallback):
-    """Refreshes w and psi before the first step and as the run goes on; stores the task's vector at its end.
+    """Updates w and psi before the first step and as the run goes on; stores the task's vector at its end.
 
     Attributes:
-        last (`Coefficients`): what the last refresh found.
-        restored (`bool`): psi came from a checkpoint; the first refresh is the next one that is due.
+        last (`Coefficients`): the result of the last update.
+        restored (`bool`): psi came from a checkpoint; the first update is the next one that is due.
     """
 
     def __init__(self) -> None:
@@ -31,39 +45,36 @@ class ASOCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, loader = kwargs["model"], kwargs["train_dataloader"]
-        require_tuner(model).note_sharding()
-        self._probe = self._readable_probe(args, model, loader)
+        self._probe = self._readable_probe(args, kwargs["model"], kwargs["train_dataloader"])
         if not self.restored:
-            self._refresh(args, model)
+            self._update(args, kwargs["model"])
         self.restored = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
-        tuner = require_tuner(model)
-        every = steps_between(tuner.peft_config[tuner.current_task].attribution.refresh, state.max_steps)
+        tuner = require_tuner(kwargs["model"])
+        refresh = tuner.peft_config[tuner.current_task].attribution.refresh
+        every = int(refresh) if refresh >= 1 else math.ceil(refresh * state.max_steps)
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            self._refresh(args, model)
+            self._update(args, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        task = require_tuner(kwargs["model"]).current_task
         try:
             if self._probe:
                 store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
-        except Exception as error:  # the task is learned: a script that goes on to save it must not die of this
-            _say_not_stored(args, task, error)
+        except Exception as error:  # the task is learned: a script that goes on to save it must not end here
+            _warn_not_stored(args, require_tuner(kwargs["model"]).current_task, error)
         self._probe = []
 
     def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
-        """The probe, on which attribution was tried; empty where none is wanted, or where it cannot read the task and
-        nothing needs it yet.
+        """The probe, after attribution with one step of the path; empty where no attribution is wanted, or where it
+        cannot read the task and nothing needs it yet.
 
         Raises:
-            ValueError: attribution cannot read the task, and this task's psi or a later one's needs it.
+            ValueError: attribution cannot read the task, and psi of this task or of a later one needs it.
         """
         tuner = require_tuner(model)
         task = tuner.current_task
@@ -71,57 +82,127 @@ class ASOCallback(TrainerCallback):
         if settings.similarity == "none":
             return []
         try:
-            probe = choose_probe(loader, settings.probe_size, seed_of(args))
-            check_readable(model, probe, settings)
-            try_attribution(model, probe[0], settings)
+            probe = choose_probe(loader, settings.probe_size, probe_seed(args))
+            attribution_of(model, task, probe, replace(settings, steps=1, quadrature="riemann"))
         except NoAnswersError:
             raise
-        except Exception as error:  # whatever a model raises when its neurons are looked at
-            if _weighs(tuner) or settings.source == "stored":
-                raise ValueError(_needed(task, error)) from error
-            _say_not_stored(args, task, error)
+        except Exception as error:  # models raise all kinds of errors here
+            if _has_penalty(tuner) or settings.source == "stored":
+                raise ValueError(
+                    f"{task!r} needs attribution, for psi or for the vector that it stores, and attribution cannot "
+                    f"read the task: {str(error).rstrip('.')}. AttributionConfig(similarity='none') trains without it "
+                    "(psi = 1, hard orthogonality), penalty_weight=0 without a penalty."
+                ) from error
+            _warn_not_stored(args, task, error)
             return []
         return probe
 
-    def _refresh(self, args: TrainingArguments, model: nn.Module) -> None:
+    def _update(self, args: TrainingArguments, model: nn.Module) -> None:
         tuner = require_tuner(model)
-        if not _weighs(tuner):
+        if not _has_penalty(tuner):
             return
         self.last = update_coefficients(model, self._probe, progress=not args.disable_tqdm)
-        if args.world_size > 1:
-            agree(tuner)
+        if args.world_size > 1:  # all take the first process's psi and w: theirs may differ in the last digits
+            found = [tuner.soft_coefficients, tuner.peft_config[tuner.current_task].similarities]
+            psi, similarities = broadcast_object_list(found)
+            tuner.set_soft_coefficients(psi, similarities=similarities)
 
 
-def _weighs(tuner: ASOLoraModel) -> bool:
+def _has_penalty(tuner: ASOLoraModel) -> bool:
     """Whether the current task has a penalty for psi to weigh."""
     return bool(tuner.history) and tuner.peft_config[tuner.current_task].resolved_penalty_weight > 0
 
 
-def _needed(task: str, reason: Exception) -> str:
-    return (
-        f"{task!r} needs attribution, for psi or for the vector that it stores, and attribution cannot read the task: "
-        f"{str(reason).rstrip('.')}. AttributionConfig(similarity='none') trains without it (psi = 1, hard "
-        "orthogonality), penalty_weight=0 without a penalty."
-    )
-
-
-def _say_not_stored(args: TrainingArguments, task: str, reason: Exception) -> None:
+def _warn_not_stored(args: TrainingArguments, task: str, reason: Exception) -> None:
     if args.process_index == 0:
-        warnings.warn(_not_stored(task, reason), stacklevel=3)
+        warnings.warn(
+            f"No attribution vector is stored with {task!r}, because attribution cannot read the task: "
+            f"{str(reason).rstrip('.')}. The training is the same without it: only a later task with "
+            f"AttributionConfig(source='stored') needs the vector. Settings that may help, in model.peft_config"
+            f"[{task!r}].attribution before the training: max_answer_tokens (longer answers), neurons (mixtures of "
+            "experts); similarity='none' leaves attribution off, without a warning.",
+            stacklevel=3,
+        )
 
 
-def _not_stored(task: str, reason: Exception) -> str:
-    return (
-        f"No attribution vector is stored with {task!r}, because attribution cannot read the task: "
-        f"{str(reason).rstrip('.')}. The training is the same without it: only a later task with "
-        "AttributionConfig(source='stored') needs the vector. "
-        f"Settings that may help, in model.peft_config[{task!r}].attribution before the training: max_answer_tokens "
-        "(longer answers), neurons (mixtures of experts); similarity='none' leaves attribution off, without a warning."
-    )
+# ---- the probe ---------------------------------------------------------------------------------------------
 
 
-def steps_between(refresh: float, max_steps: int) -> int:
-    """Optimizer steps from one refresh to the next; 0 for never again."""
-    if refresh == 0:
-        return 0
-    return int(refresh) if refresh >= 1 else max(1, math.ceil(refresh * max_steps))
+def probe_seed(args: TrainingArguments) -> int:
+    """The seed of the order of the data in a Trainer with these settings."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str, Any]]:
+    """A few fixed examples of the training data, the same for the same seed, collated in small batches.
+
+    Examples without answer tokens (all labels -100) are passed over. A collator that draws the answer tokens at random
+    (masked language modelling) may leave a row without one: the row is left out, and others are taken. The random
+    state is left as it was.
+
+    Args:
+        loader: the training dataloader: its dataset and its collator are used, not its order.
+        size: how many examples; fewer if the dataset is smaller.
+        seed: of the choice.
+
+    Raises:
+        NoAnswersError: no example has answer tokens.
+        ValueError: the batches have no labels.
+    """
+    with _seeded(seed):
+        candidates = islice(_examples(loader.dataset, seed), 4 * size + 64)
+        answering = (each for each in candidates if _answered(loader.collate_fn([each])).any())
+        batches: list[dict[str, Any]] = []
+        missing = size
+        while missing and (group := list(islice(answering, min(BATCH, missing)))):
+            batch = dict(loader.collate_fn(group))
+            answered = _answered(batch)
+            missing -= len(group) - int((~answered).sum())  # a collator may pack several examples in a row
+            if not answered.all():  # only tensors with a row for each example are cut
+                cut = {k: v for k, v in batch.items() if torch.is_tensor(v) and v.dim() and len(v) == len(answered)}
+                batch |= {name: value[answered] for name, value in cut.items()}
+            if answered.any():
+                batches.append(batch)
+        if not batches:
+            raise NoAnswersError(
+                "No example of the training data has answer tokens: all labels are -100. The attribution (and the "
+                "loss) need labels on the answer; check the tokenization, truncation and chat template."
+            )
+        return batches
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside the context collators draw the same random numbers for the same seed; the caller's are not used up."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _examples(dataset: Any, seed: int) -> Iterator[Any]:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        for example in dataset:  # noqa: UP028 - `yield from` would close a generator that is used again later
+            yield example
+        return
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    for index in order.tolist():
+        yield dataset[index]
+
+
+def _answered(batch: Mapping[str, Any]) -> torch.Tensor:
+    """bool `(batch,)`: the rows with a label that is not -100."""
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"The training batches have no `labels` (they have: {', '.join(sorted(batch))}). The attribution needs "
+            "them: use a collator that adds them, or a dataset with a `labels` column."
+        )
+    labels = torch.as_tensor(labels)
+    return (labels != -100).reshape(len(labels), -1).any(1)

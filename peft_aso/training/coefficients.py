@@ -1,69 +1,157 @@
-"""From attribution to the soft coefficients: w (Eq. 13) and psi = 1 - w (Eq. 6).
-
-`update_coefficients` does it for the Trainer and for hand-written loops alike. The history's vectors on the current
-task's data cannot change while the task trains: they are computed, ranked and centred once and kept, so that a refresh
-ranks the current task's vectors only.
-"""
+"""From attribution to the soft coefficients: attribution vectors (Eq. 8-12), w (Eq. 13), psi = 1 - w (Eq. 6)."""
 
 from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..attribution import AttributionVector, Layout, Prepared, prepare, similarity
+from ..attribution import AttributionConfig, AttributionVector, Layout, attribute, normalized
 from ..tuner import ASOLoraModel
-from ..tuner.config import AttributionConfig
-from ..tuner.kept import tensor_state
-from ..tuner.layer import adapters_in, fingerprint
-from ..tuner.persistence import tuner_of
-from ..tuner.psi import layers_of_blocks
-from .attribution import compute_attribution
+from ..tuner.model import tuner_of
 
 Batches = Sequence[Mapping[str, Any]]
 
-
-@dataclass
-class Comparable:
-    """Attribution vectors of one model, ranked or centred once, so that each comparison with them is a product.
-
-    Attributes:
-        parts: what `prepare` made of all neurons, or of each layer's (`granularity="layer"`); rows `(examples, size)`
-            with `aggregation="per_example"`, else `(size,)`, float32.
-        layout: the neurons; None for a stored vector, which is known by its length alone.
-        neurons: how many there are.
-    """
-
-    parts: list[Prepared]
-    layout: Layout | None
-    neurons: int
-
-
-# tuner -> (what the vectors depend on, adapter -> vectors): the history's, on the current task's probe or as stored
-_history_vectors: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Comparable]]]
-_history_vectors = weakref.WeakKeyDictionary()
+# tuner -> (what the vectors depend on, adapter -> vectors): the history's, normalized; see `_history_vectors`
+_CACHE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, list[torch.Tensor]]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
 class Coefficients:
-    """What one update found.
+    """The result of `update_coefficients`.
 
     Attributes:
         similarities: adapter of an earlier task -> w (Eq. 13); one number, or a list with one a layer.
         soft_coefficients: adapter of an earlier task -> psi (Eq. 6), likewise.
-        vector: the current task's attribution vector on the probe (`None` when it was not computed).
+        vector: the current task's attribution vectors on the probe (`None` when they were not computed).
     """
 
     similarities: dict[str, Any]
     soft_coefficients: dict[str, Any]
     vector: AttributionVector | None
+
+
+def require_tuner(model: nn.Module) -> ASOLoraModel:
+    """The `ASOLoraModel` in a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tuner = tuner_of(model)
+    if tuner is None:
+        raise ValueError(
+            f"This {type(model).__name__} has no ASO-LoRA adapter. Make one with "
+            "`model = get_peft_model(model, ASOLoraConfig(...), adapter_name=<task>)`."
+        )
+    return tuner
+
+
+# ---- attribution -------------------------------------------------------------------------------------------
+
+
+def compute_attribution(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    adapter: str | None = None,
+    alone: bool = False,
+    steps: int = 20,
+    quadrature: str = "riemann",
+    neurons: str | Sequence[str] | None = None,
+    stacks: str = "all",
+    max_rows: int | None = None,
+    method: str = "auto",
+    max_answer_tokens: int = 64,
+    progress: bool = False,
+) -> AttributionVector:
+    """Integrated gradients of P(y* given x) with respect to every FFN neuron (Eq. 8-12).
+
+    The model is left as it was: active adapters, training mode, gradients, random state.
+
+    Args:
+        model: any transformers model, or a PEFT model.
+        batch: a collated batch with `labels` (-100 = not the answer), of any padding; moved to the model's device.
+        adapter: the adapter of the task whose model is attributed: base + its history + the adapter. `None`: the model
+            as it stands.
+        alone: base + that adapter only (Eq. 2). Needs `adapter`.
+        steps, quadrature, neurons, stacks, max_rows, max_answer_tokens: see `AttributionConfig`.
+        method: "auto" (the fast engine where the model allows it), "fast" or "reference".
+        progress: show a progress bar.
+
+    Returns:
+        `AttributionVector`: `.scores` is Eq. 11, float32 `(batch, N)`; `.log_probability` `(batch,)`;
+        `.layout` a list of `(module_name, start, stop)`.
+
+    Raises:
+        ValueError: no such adapter, `alone` without one, merged adapters; a setting that is none of its choices; a
+            model without FFN neurons; a batch that is refused: no answer tokens, a longer answer than
+            `max_answer_tokens`, labels on the prompt, several examples packed into a row.
+        FastPathUnsupported: with `method="fast"`, where the model or the batch does not allow it.
+        MissingHistoryError: a task of the adapter's history is not loaded.
+    """
+    config = AttributionConfig(
+        steps=steps,
+        quadrature=quadrature,  # type: ignore[arg-type]
+        neurons=neurons if neurons is None or isinstance(neurons, str) else list(neurons),
+        stacks=stacks,  # type: ignore[arg-type]
+        max_rows=max_rows,
+        max_answer_tokens=max_answer_tokens,
+    )
+    with _task_model(model, adapter, alone):
+        return attribute(model, batch, config, method=method, progress=progress)
+
+
+@contextmanager
+def _task_model(model: nn.Module, adapter: str | None, alone: bool) -> Iterator[None]:
+    """Inside the context the model is the one of `adapter`: with its history, or alone (Eq. 2)."""
+    if adapter is None and alone:
+        raise ValueError("alone=True needs an adapter. Give adapter=<name>.")
+    tuner = tuner_of(model)
+    if tuner is None:
+        if adapter is not None:
+            raise ValueError(
+                f"adapter={adapter!r} needs a model with ASO-LoRA adapters, and this is a {type(model).__name__}. "
+                "Leave adapter out to attribute the model as it stands."
+            )
+        yield
+        return
+    chosen = nullcontext() if adapter is None else tuner.only(adapter) if alone else tuner.through(adapter)
+    with tuner.unsharded(), chosen, tuner.folded():
+        yield
+
+
+def attribution_of(
+    model: nn.Module, adapter: str, batches: Batches, config: AttributionConfig, *, progress: bool = False
+) -> AttributionVector:
+    """The attribution vectors `(examples, N)` of one task's model on all examples of the probe.
+
+    The current task's `attribution_model` decides between the cumulative model and Eq. 2.
+    """
+    tuner = require_tuner(model)
+    alone = tuner.peft_config[tuner.current_task].attribution_model == "task"
+    bar = tqdm(batches, desc=f"attribution of {adapter}", unit="batch", leave=False, disable=not progress)
+    with _task_model(model, adapter, alone):
+        return AttributionVector.cat([attribute(model, batch, config) for batch in bar])
+
+
+def store_attribution(model: nn.Module, batches: Batches, *, progress: bool = False) -> None:
+    """Store the current task's mean attribution vector on its own data in the model; it is saved with the adapter."""
+    tuner = require_tuner(model)
+    task = tuner.current_task
+    config = tuner.peft_config[task]
+    vector = attribution_of(model, task, batches, config.attribution, progress=progress)
+    tuner.attribution[task] = vector.mean_vector().cpu()
+    config.attribution_layout = [list(entry) for entry in vector.layout]
+
+
+# ---- w and psi ---------------------------------------------------------------------------------------------
 
 
 def update_coefficients(
@@ -90,124 +178,76 @@ def update_coefficients(
         MissingHistoryError: a task of the history is not loaded.
     """
     tuner = require_tuner(model)
-    config = tuner.peft_config[tuner.current_task]
+    task, history = tuner.current_task, tuner.history
+    config = tuner.peft_config[task]
     settings: AttributionConfig = config.attribution
-    tuner.tasks.require([tuner.current_task])
-    if not tuner.history or settings.similarity == "none":
-        tuner.set_soft_coefficients(dict.fromkeys(tuner.history, 1.0))
-        return Coefficients(dict.fromkeys(tuner.history, 0.0), tuner.soft_coefficients, None)
+    tuner.tasks.require([task])
+    if not history or settings.similarity == "none":
+        tuner.set_soft_coefficients(dict.fromkeys(history, 1.0))
+        return Coefficients(dict.fromkeys(history, 0.0), tuner.soft_coefficients, None)
     batches = list(batches)
     if not batches:
-        raise ValueError("The probe is empty: give at least one batch of the current task's training data.")
-    stored = settings.source == "stored"
-    if stored:
-        require_stored(tuner)
-        current = attribute(model, tuner, tuner.current_task, batches, progress)
-        history = stored_vectors(tuner, current)
-    else:
-        history = history_vectors(model, tuner, batches, progress)
-        current = attribute(model, tuner, tuner.current_task, batches, progress)
-    new = comparable(current, settings, per_example=not stored)
-    w = {name: compare(history[name], new, settings) for name in tuner.history}
-    psi = {name: 1 - value for name, value in w.items()}
+        raise ValueError("The probe is empty. Give at least one batch of the current task's training data.")
+    if settings.source == "stored":
+        _require_stored(tuner)
+    current = attribution_of(model, task, batches, settings, progress=progress)
+    per_example = settings.aggregation == "per_example" and settings.source == "current"
+    values = current.values if per_example else current.mean_vector()
+    new = [part.double() for part in _normalized(values, current.layout, settings)]
+    w = {}
+    for name, old in _history_vectors(model, batches, current.layout, progress).items():
+        each = torch.stack([(a * b).sum(-1) for a, b in zip(old, new, strict=True)], dim=-1)
+        mean = each.mean(0) if per_example else each
+        w[name] = mean if settings.granularity == "layer" else mean[0]
+    psi = {name: 1 - value for name, value in w.items()}  # Eq. 6
     if settings.clip:
         psi = {name: value.clamp(0, 1) for name, value in psi.items()}
     config.attribution_layout = [list(entry) for entry in current.layout]
-    similarities = {name: value.tolist() for name, value in w.items()}
-    tuner.set_soft_coefficients(psi, layers_of_modules(tuner, config), similarities)
+    similarities = {name: value.float().tolist() for name, value in w.items()}
+    coefficients = {name: value.float().tolist() for name, value in psi.items()}
+    tuner.set_soft_coefficients(coefficients, similarities=similarities)
     return Coefficients(similarities, tuner.soft_coefficients, current)
 
 
-def agree(tuner: ASOLoraModel) -> None:
-    """All processes take the first one's psi and w of the current task: theirs may differ in the last digits."""
-    config = tuner.peft_config[tuner.current_task]
-    found = broadcast_object_list([tuner.soft_coefficients, config.similarities])
-    tuner.set_soft_coefficients(found[0], layers_of_modules(tuner, config), found[1])
+def _history_vectors(
+    model: nn.Module, batches: Batches, layout: Layout, progress: bool
+) -> dict[str, list[torch.Tensor]]:
+    """Earlier task -> its normalized vectors on the current task's probe, or its stored vector (`source="stored"`).
 
-
-def require_tuner(model: nn.Module) -> ASOLoraModel:
-    """The model's `ASOLoraModel`; an error that says how to get one where there is none."""
-    tuner = tuner_of(model)
-    if tuner is None:
-        raise ValueError(
-            f"This {type(model).__name__} has no ASO-LoRA adapter. Make one with "
-            "`model = get_peft_model(model, ASOLoraConfig(...), adapter_name=<task>)`."
-        )
-    return tuner
-
-
-def store_attribution(model: nn.Module, batches: Batches, *, progress: bool = False) -> None:
-    """Keep the current task's mean attribution vector on its own data in the model; it is saved with the adapter."""
-    tuner = require_tuner(model)
-    task = tuner.current_task
-    vector = attribute(model, tuner, task, batches, progress)
-    tuner.attribution[task] = vector.mean_vector().cpu()
-    tuner.peft_config[task].attribution_layout = [list(entry) for entry in vector.layout]
-
-
-def attribute(
-    model: nn.Module, tuner: ASOLoraModel, adapter: str, batches: Batches, progress: bool = False
-) -> AttributionVector:
-    """The attribution vectors of one task's model on all probe examples, `(examples, N)`."""
-    current = tuner.peft_config[tuner.current_task]
-    settings = current.attribution
-    bar = tqdm(batches, desc=f"attribution of {adapter}", unit="batch", leave=False, disable=not progress)
-    with tuner.unsharded():
-        vectors = [
-            compute_attribution(
-                model,
-                batch,
-                adapter=adapter,
-                alone=current.attribution_model == "task",
-                steps=settings.steps,
-                quadrature=settings.quadrature,
-                neurons=settings.neurons,
-                stacks=settings.stacks,
-                max_rows=settings.max_rows,
-                max_answer_tokens=settings.max_answer_tokens,
-            )
-            for batch in bar
-        ]
-    return AttributionVector.cat(vectors)
-
-
-def history_vectors(
-    model: nn.Module, tuner: ASOLoraModel, batches: Batches, progress: bool = False
-) -> dict[str, Comparable]:
-    """The vectors of each earlier task's model on the current task's probe, computed and ranked once a task and kept.
-
-    The ranks take the place of the vectors: float32 `(examples, N)` for each task, or `(N,)` for means.
+    They cannot change while the task trains, so they are computed once and cached.
     """
+    tuner = require_tuner(model)
     config = tuner.peft_config[tuner.current_task]
-    if config.resolved_penalty_weight > 0:
-        tuner.gather_history()  # the first penalty moves the history's rows, and the key below would see that
-    weights = tuple(fingerprint(layer, adapters_in(layer, tuner.history)) for layer in tuner.lora_layers().values())
-    key = (tuner.history, config.attribution_model, repr(config.attribution), digest(batches), weights)
-    held = _history_vectors.get(tuner)
-    if held is None or held[0] != key:
-        _history_vectors.pop(tuner, None)  # the old ones are gone before there are new ones
-        vectors = {
-            name: comparable(attribute(model, tuner, name, batches, progress), config.attribution)
-            for name in tuner.history
-        }
-        held = _history_vectors[tuner] = (key, vectors)
-    return held[1]
+    settings: AttributionConfig = config.attribution
+    key = (tuner.tasks.generation, tuner.history, config.attribution_model, repr(settings), _hash(batches))
+    cached = _CACHE.get(tuner)
+    if cached is None or cached[0] != key:
+        _CACHE.pop(tuner, None)  # frees the old vectors before new ones are made
+        vectors = {}
+        for name in tuner.history:
+            if settings.source == "stored":
+                values = tuner.attribution[name]
+                _check_neurons(name, values, layout)
+            else:
+                found = attribution_of(model, name, batches, settings, progress=progress)
+                values = found.values if settings.aggregation == "per_example" else found.mean_vector()
+            vectors[name] = _normalized(values, layout, settings)
+        cached = _CACHE[tuner] = (key, vectors)
+    return cached[1]
 
 
-def digest(batches: Batches) -> str:
-    """Tells one probe from another: a hash of all its tensors."""
-    hasher = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            value = batch[name]
-            if isinstance(value, torch.Tensor):
-                array = value.detach().cpu().contiguous()
-                hasher.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
-                hasher.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
-    return hasher.hexdigest()
+def _normalized(values: torch.Tensor, layout: Layout, settings: AttributionConfig) -> list[torch.Tensor]:
+    """Vectors `(..., N)` ranked or centred and divided by their norm, float32; one part, or one for each layer.
+
+    The product of two of them is w (Eq. 13). float32 halves the memory and changes w by less than 2e-7.
+    """
+    if settings.absolute:
+        values = values.abs()
+    parts = [slice(start, stop) for _, start, stop in layout] if settings.granularity == "layer" else [slice(None)]
+    return [normalized(values[..., part], settings.similarity).float().cpu() for part in parts]
 
 
-def require_stored(tuner: ASOLoraModel) -> None:
+def _require_stored(tuner: ASOLoraModel) -> None:
     """Raise ValueError unless each task of the history has a stored vector (a stock LoRA adapter has none, say)."""
     for name in tuner.history:
         if name not in tuner.attribution:
@@ -218,91 +258,23 @@ def require_stored(tuner: ASOLoraModel) -> None:
             )
 
 
-def stored_vectors(tuner: ASOLoraModel, current: AttributionVector) -> dict[str, Comparable]:
-    """The vectors that travel with the history's adapters, ranked once and kept until one of them changes.
-
-    Raises:
-        ValueError: one of them has not the neurons of `current`.
-    """
-    layout, device = current.layout, current.values.device
-    settings = tuner.peft_config[tuner.current_task].attribution
-    vectors = {name: tuner.attribution[name] for name in tuner.history}
-    for vector in vectors.values():
-        _check_count(vector.shape[-1], layout[-1][2])
-    states = [tensor_state(vector) for vector in vectors.values()]
-    key = (tuner.history, "stored", repr(settings), layout, device, states)
-    held = _history_vectors.get(tuner)
-    if held is None or held[0] != key:
-        found = {
-            name: Comparable(_parts(vector.to(device), layout, settings), None, vector.shape[-1])
-            for name, vector in vectors.items()
-        }
-        held = _history_vectors[tuner] = (key, found)
-    return held[1]
-
-
-def comparable(vector: AttributionVector, settings: AttributionConfig, per_example: bool = True) -> Comparable:
-    """Rank or centre the vectors as the settings say.
-
-    Args:
-        per_example: False where the other side is one mean vector (a stored one): this side is then, too, whatever
-            the settings' `aggregation`.
-    """
-    each = per_example and settings.aggregation == "per_example"
-    values = vector.values if each else vector.mean_vector()
-    return Comparable(_parts(values, vector.layout, settings), vector.layout, values.shape[-1])
-
-
-def _parts(values: torch.Tensor, layout: Layout, settings: AttributionConfig) -> list[Prepared]:
-    """`(..., N)` prepared as a whole, or layer by layer. Kept in float32, which moves w by less than 2e-7."""
-    if settings.absolute:
-        values = values.abs()
-    whole = settings.granularity == "task"
-    slices = [slice(None)] if whole else [slice(start, stop) for _, start, stop in layout]
-    return [prepare(values[..., part], settings.similarity, torch.float32, "values") for part in slices]
-
-
-def compare(old: Comparable, new: Comparable, settings: AttributionConfig) -> torch.Tensor:
-    """w of Eq. 13 between an earlier task and the current one: a product, as both are ranked already.
-
-    Args:
-        old: the earlier task's vectors on the same examples, or its stored mean vector.
-        new: the current task's vectors, prepared with the same settings.
-
-    Returns:
-        A float32 scalar, or `(L,)` with one w for each layer; the mean over the examples where there are several.
-
-    Raises:
-        ValueError: the two have another layout.
-    """
-    if old.layout is not None and old.layout != new.layout:
+def _check_neurons(name: str, stored: torch.Tensor, layout: Layout) -> None:
+    count = layout[-1][2]
+    if len(stored) != count:
         raise ValueError(
-            f"The vectors of an earlier task cover {_covered(old)}, those of the current one {_covered(new)}: the "
-            "model or its layers have changed under way. Start over with a new model object."
-        )
-    _check_count(old.neurons, new.neurons)
-    w = [similarity(a, b, settings.similarity) for a, b in zip(old.parts, new.parts, strict=True)]
-    found = w[0] if settings.granularity == "task" else torch.stack(w, dim=-1)
-    per_example = new.parts[0].rows.dim() > 1
-    return (found.mean(0) if per_example else found).float().cpu()
-
-
-def _covered(vectors: Comparable) -> str:
-    layout = vectors.layout or []
-    return f"{vectors.neurons} neurons in {len(layout)} layers ({', '.join(name for name, _, _ in layout[:2])}, ...)"
-
-
-def _check_count(stored: int, current: int) -> None:
-    if stored != current:
-        raise ValueError(
-            f"The stored attribution vector of an earlier task has {stored} neurons, this model {current}: it was "
-            "computed with other `neurons`/`stacks`, or for another base model. Use the same settings, or "
+            f"The stored attribution vector of {name!r} has {len(stored)} neurons, and this model has {count}: it was "
+            "computed with other `neurons` or `stacks`, or for another base model. Use the same settings, or "
             "AttributionConfig(source='current')."
         )
 
 
-def layers_of_modules(tuner: ASOLoraModel, config: Any) -> dict[str, int] | None:
-    """LoRA module -> the FFN layer of the same block (its place in the layout); `None` where psi is one number."""
-    if config.attribution.granularity == "task" or not config.attribution_layout:
-        return None  # without a layout nothing has been compared: psi is 1
-    return layers_of_blocks(tuner.lora_layers(), [entry[0] for entry in config.attribution_layout])
+def _hash(batches: Batches) -> str:
+    """SHA-256 of all tensors of the probe."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, torch.Tensor):
+                array = value.detach().cpu().contiguous().flatten()
+                digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+                digest.update(array.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

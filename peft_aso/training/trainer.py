@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..tuner import ASOLoraModel
-from .accumulation import counts_items
-from .callback import ASOCallback
-from .checkpoint import check_checkpoint, restore_coefficients, save_current_task
+from ..tuner.starts import needs_inputs
+from .callback import ASOCallback, choose_probe, probe_seed
 from .coefficients import require_tuner
-from .inputs import INPUT_EXAMPLES, initialize_from_inputs, is_untrained
-from .probe import choose_probe, seed_of
-from .trained import TrainedOnlyMixin
+from .init_from_inputs import INPUT_EXAMPLES, initialize_from_inputs, is_untrained
 
 
-class ASOTrainerMixin(TrainedOnlyMixin):
+class ASOTrainerMixin:
     """Adds lambda times the orthogonality penalty to the training loss of a `transformers.Trainer` subclass.
 
     Put it before the Trainer in the bases: `class MyTrainer(ASOTrainerMixin, SomeTrainer)`. The model is a PEFT
@@ -29,35 +33,55 @@ class ASOTrainerMixin(TrainedOnlyMixin):
     The data are what any Trainer takes. For attribution `labels` have to say what the answer is: -100 on the prompt,
     at most `AttributionConfig.max_answer_tokens` others a row (a class or a span, for models with such a head).
 
-    Logged beside the Trainer's own values: `task_loss`, `orthogonality_penalty` (in the config's form, without
+    Logged next to the Trainer's own values: `task_loss`, `orthogonality_penalty` (of the config's kind, without
     lambda), and for each earlier task `psi/<task>` and `similarity/<task>`.
 
     Raises:
         ValueError: on construction: no ASO-LoRA adapter, the active task is the history of another and therefore
-            frozen, the adapters are merged or switched off, or DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine). From
+            frozen, the adapters are merged or disabled, or DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine). From
             `train`, before the first step: attribution cannot read the training data, and psi or `source="stored"`
-            needs it (a warning where neither does).
+            needs it (a warning where neither does); the optimizer was made for another task; the checkpoint to resume
+            from is of another task or history.
         MissingHistoryError: on construction: a task of the history is not loaded.
         HistoryError: on construction: an earlier task shares no module with the current one.
     """
 
-    _resuming: bool | None = None  # None until `train` is called
+    # of the Trainer
+    accelerator: Any
+    add_callback: Any
+    args: Any
+    compute_loss_func: Any
+    current_gradient_accumulation_steps: int
+    data_collator: Any
+    get_train_dataloader: Any
+    loss_is_scaled_for_ga: bool | None
+    model: Any
+    model_accepts_loss_kwargs: bool
+    processing_class: Any
+
+    # whether the Trainer's `compute_loss` divides by `num_items_in_batch` whatever the model does
+    _loss_counts_items = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_trainable(self.tuner)
-        _refuse_zero_3(self.accelerator)  # type: ignore[attr-defined]
-        self._ignores_item_count: bool | None = None
-        self._sums: dict[str, torch.Tensor] = {}
-        self._noted_steps = 0.0
-        self.add_callback(ASOCallback())  # type: ignore[attr-defined]
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 takes the weights apart, and the penalty and the attribution read them outside of "
+                "the forward pass. Use ZeRO-2 or FSDP2, which shards the weights too (docs/distributed.md)."
+            )
+        self._operations: float | None = None  # floating point operations for each element of the inputs
+        self._coefficient_callback = ASOCallback()
+        self.add_callback(self._coefficient_callback)
+        self._clear_sums()
 
     @property
     def tuner(self) -> ASOLoraModel:
         """The `ASOLoraModel` of the trainer's model."""
-        return require_tuner(self.model)  # type: ignore[attr-defined]
+        return require_tuner(self.model)
 
-    # ---- the loss ------------------------------------------------------------------------------------------------
+    # ---- the loss ------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -67,181 +91,195 @@ class ASOTrainerMixin(TrainedOnlyMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The Trainer's loss; in training, plus the penalty, counted once an optimizer step."""
-        labels = inputs.get("labels")  # the loss below may pop them
-        scaled = self._scaled_for_accumulation(num_items_in_batch)
-        mean = model.training and scaled and self._mean_in_spite_of_count(model, inputs, num_items_in_batch)
+        share, count = self._share_of_step(model, inputs, num_items_in_batch)
         found = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=count
         )
         loss, outputs = found if return_outputs else (found, None)
+        if share is not None:
+            loss = loss * share
         if model.training:
-            if mean and labels is not None:
-                loss = loss * self._share(labels, num_items_in_batch)
-            share = self.current_gradient_accumulation_steps if scaled else 1  # type: ignore[attr-defined]
-            loss = self._with_penalty(loss, share, scaled)
+            loss = self._with_penalty(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _with_penalty(self, loss: torch.Tensor, share: int, scaled: bool) -> torch.Tensor:
-        """`loss` plus lambda times the penalty, of which this micro-batch carries one part in `share`."""
-        config = self.tuner.peft_config[self.tuner.current_task]
-        steps = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-        self._noted_steps += 1 / steps
-        self._note("task_loss", loss if scaled else loss / steps)
-        if config.resolved_penalty_weight > 0 and self.tuner.history:
-            penalty = self.tuner.orthogonality_penalty().to(loss.device)
-            self._note("orthogonality_penalty", penalty / steps)
+    def _share_of_step(self, model: nn.Module, inputs: dict[str, Any], total: Any) -> tuple[Any, Any]:
+        """The part of the optimizer step's labels that is in this micro-batch, and the count to give to the loss.
+
+        Some losses are a sum divided by the count that they are given, others (T5's) the mean of the micro-batch
+        whatever they are given. Given the micro-batch's own count, both are its mean, and its mean times its share is
+        its part of the step's loss. None and the step's own count where there is nothing to put right.
+        """
+        labels = inputs.get("labels")
+        if not model.training or total is None or labels is None or self.args.n_gpu > 1:
+            return None, total
+        if self._loss_counts_items or self.compute_loss_func is not None or self.loss_is_scaled_for_ga is not None:
+            return None, total
+        if self.current_gradient_accumulation_steps * self.accelerator.num_processes == 1:
+            return None, total
+        shifts = getattr(self, "_loss_shifts_labels", False)
+        targets = inputs.get("shift_labels", labels[..., 1:] if shifts else labels)
+        count = targets.ne(-100).sum().clamp(min=1)
+        return count / total, count
+
+    def _with_penalty(self, loss: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """`loss` plus this micro-batch's part of lambda times the penalty."""
+        tuner = self.tuner
+        config = tuner.peft_config[tuner.current_task]
+        steps = self.current_gradient_accumulation_steps
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:  # as `Trainer.training_step`, which divides the loss by the steps where it is not scaled
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        share = steps if scaled else 1
+        self._summed_steps += 1 / steps
+        self._sums["task_loss"] += loss.detach().float() * share / steps
+        if config.resolved_penalty_weight > 0 and tuner.history:
+            penalty = tuner.orthogonality_penalty().to(loss.device)
+            self._sums["orthogonality_penalty"] += penalty.detach() / steps
             loss = loss + config.resolved_penalty_weight * penalty / share
         if config.l2_weight > 0:
-            loss = loss + config.l2_weight * self.tuner.norm_penalty().to(loss.device) / share
+            loss = loss + config.l2_weight * tuner.norm_penalty().to(loss.device) / share
         return loss
 
-    def _scaled_for_accumulation(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
-        """Whether the Trainer takes the loss as normalised over all micro-batches of the step already."""
-        if self.loss_is_scaled_for_ga is not None:  # type: ignore[attr-defined]
-            return bool(self.loss_is_scaled_for_ga)  # type: ignore[attr-defined]
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-        return bool(counted or self.compute_loss_func is not None)  # type: ignore[attr-defined]
+    # ---- logging -------------------------------------------------------------------------------------------
 
-    def _mean_in_spite_of_count(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> bool:
-        """Whether the loss is the mean of each micro-batch, whatever `num_items_in_batch` it is given (T5's own is).
-
-        Found out once a run, where a step has several micro-batches, from the loss below with two counts.
-        """
-        own = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
-        if own or self.loss_is_scaled_for_ga is not None or count is None or inputs.get("labels") is None:  # type: ignore[attr-defined]
-            return False
-        parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes  # type: ignore[attr-defined]
-        if parts == 1:
-            return False
-        if self._ignores_item_count is None:
-            # sharded weights come together in the wrapper's pass
-            bare = model if self.tuner.tasks.sharded else unwrap_parallel(model)
-            counts = self._counts_items(bare, inputs, count)
-            answered = inputs["labels"].ne(-100).any().to(counts.device)
-            seen = self.accelerator.gather(torch.stack([counts, answered]).int()[None])  # type: ignore[attr-defined]
-            counted, told = seen.bool().any(0).tolist()
-            if not told:
-                return False  # nothing labelled, no loss: the next micro-batch tells
-            self._ignores_item_count = not counted
-        return self._ignores_item_count
-
-    def _counts_items(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> torch.Tensor:
-        loss_of = super().compute_loss  # type: ignore[misc]
-        return counts_items(lambda each, items: loss_of(model, each, num_items_in_batch=items), inputs, count)
-
-    def _share(self, labels: torch.Tensor, num_items_in_batch: Any) -> Any:
-        """The part of the step's labels that is in this micro-batch: turns its mean into its part of the sum."""
-        if getattr(self, "_loss_shifts_labels", False):
-            labels = labels[..., 1:]
-        return labels.ne(-100).sum() / num_items_in_batch
-
-    # ---- logging -------------------------------------------------------------------------------------------------
-
-    def _note(self, name: str, value: torch.Tensor) -> None:
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def _forget_notes(self) -> None:
-        self._sums.clear()
-        self._noted_steps = 0.0
+    def _clear_sums(self) -> None:
+        self._sums: dict[str, Any] = defaultdict(float)  # since the last log
+        self._summed_steps = 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log with the parts of the loss and the coefficients."""
         if "loss" in logs:
-            logs.update({name: value.item() / self._noted_steps for name, value in self._sums.items()})
-            logs.update(self._coefficient_logs())
-            self._forget_notes()
+            logs.update({name: float(value) / self._summed_steps for name, value in self._sums.items()})
+            tuner = self.tuner
+            similarities = tuner.peft_config[tuner.current_task].similarities or {}
+            psi = {tuner.task_name(name): value for name, value in tuner.soft_coefficients.items()}
+            for kind, values in (("psi", psi), ("similarity", similarities)):
+                for task, value in values.items():
+                    logs[f"{kind}/{task}"] = sum(value) / len(value) if isinstance(value, list) else value
+            self._clear_sums()
         super().log(logs, start_time)  # type: ignore[misc]
 
-    def _coefficient_logs(self) -> dict[str, float]:
-        tuner = self.tuner
-        if not tuner.history:
-            return {}
-        similarities = tuner.peft_config[tuner.current_task].similarities or {}
-        psi = {tuner.task_name(name): value for name, value in tuner.soft_coefficients.items()}
-        named = {"psi": psi, "similarity": similarities}
-        return {
-            f"{kind}/{task}": sum(value) / len(value) if isinstance(value, list) else value
-            for kind, values in named.items()
-            for task, value in values.items()
-        }
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """As the Trainer's, proportional to the inputs. It walks over all adapters, which takes 65 ms for 100 of them:
+        here once a run."""
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if not torch.is_tensor(main) or main.numel() == 0:
+            return super().floating_point_ops(inputs)  # type: ignore[misc]
+        if self._operations is None:
+            self._operations = super().floating_point_ops(inputs) / main.numel()  # type: ignore[misc]
+        return self._operations * main.numel()
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. A task with `project_init="inputs"` that has not been trained yet gets its A first."""
-        self._forget_notes()
-        self._ignores_item_count = None
-        self._resuming = bool(resume_from_checkpoint)
-        if self.model_init is None:  # type: ignore[attr-defined]
-            self._make_ready(self.model)  # type: ignore[attr-defined]
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def call_model_init(self, trial: Any = None) -> Any:
-        """As the Trainer's; the model of a run is made ready for it as a given one is."""
-        model = super().call_model_init(trial)
-        if self._resuming is not None:
-            if self.place_model_on_device:  # type: ignore[attr-defined]
-                self._move_model_to_device(model, self.args.device)  # type: ignore[attr-defined]
-            self._make_ready(model)
-        return model
-
-    def _make_ready(self, model: nn.Module) -> None:
-        """Before anything is wrapped: A of all processes is then the first one's, and whole."""
-        tuner, args = require_tuner(model), self.args  # type: ignore[attr-defined]
-        check_trainable(tuner)
-        from_inputs = tuner.peft_config[tuner.current_task].project_init == "inputs"
-        if self._resuming or not from_inputs or not is_untrained(tuner):
-            return
-        loader = self.get_train_dataloader()  # type: ignore[attr-defined]
-        probe = choose_probe(loader, INPUT_EXAMPLES, seed_of(args))
-        initialize_from_inputs(model, probe, progress=not args.disable_tqdm)
+    # ---- the start of a run --------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; one that was made for another task is refused.
+        """As the Trainer's, which calls it in each run before the model is wrapped. The task is checked, and an
+        untrained one whose `project_init` needs its inputs gets its A.
 
         Raises:
-            ValueError: nothing that trains is in the optimizer, so that the training would change nothing.
+            ValueError: the task cannot be trained as it is; or nothing that trains is in the optimizer.
         """
+        self._clear_sums()
+        self._operations = None
+        tuner, settings = self.tuner, self.args
+        check_trainable(tuner)
+        if needs_inputs(tuner.peft_config[tuner.current_task].project_init) and is_untrained(tuner):
+            loader = self.get_train_dataloader()
+            examples = choose_probe(loader, INPUT_EXAMPLES, probe_seed(settings))
+            initialize_from_inputs(self.model, examples, progress=not settings.disable_tqdm)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if self._trained is None:  # sharded: the optimizer may hold weights of its own
-            return optimizer
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        trained = [id(parameter) for parameter in self.tuner.parameters() if parameter.requires_grad]
-        if trained and held.isdisjoint(trained):
-            raise ValueError(
-                f"The optimizer has none of the weights of {self.tuner.current_task!r}: it was made for another task, "
-                "and nothing would be learned. Make a new trainer (and optimizer) for each task, after set_adapter."
-            )
+        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # there it may hold weights of its own
+        if self.accelerator.distributed_type not in sharded:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if held.isdisjoint(id(parameter) for parameter in tuner.parameters() if parameter.requires_grad):
+                raise ValueError(
+                    f"The optimizer has none of the weights of {tuner.current_task!r}: it was made for another task. "
+                    "Make a new trainer (and optimizer) for each task, after set_adapter."
+                )
         return optimizer
 
+    # ---- checkpoints: the current task alone, in the folder's root -----------------------------------------
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A checkpoint holds the current task: the history does not change and is not written again."""
-        args = self.args  # type: ignore[attr-defined]
+        """Write the current task's adapter and config, which has psi. The history does not change and is left out.
+
+        PEFT's `save_pretrained` would write it again at each checkpoint, into subfolders in which the Trainer does not
+        look for its best model.
+        """
+        args = self.args
         if not args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else args.output_dir)
-        save_current_task(unwrap_parallel(self.model), folder, state_dict)  # type: ignore[attr-defined]
-        processing = self.processing_class  # type: ignore[attr-defined]
+        folder.mkdir(parents=True, exist_ok=True)
+        model, tuner = self._bare(self.model), self.tuner
+        task = tuner.current_task
+        tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=task)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        unfinished = folder / f"{SAFETENSORS_WEIGHTS_NAME}.part"
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, folder / SAFETENSORS_WEIGHTS_NAME)
+        config = copy.copy(tuner.peft_config[task])
+        config.inference_mode = True
+        config.base_model_name_or_path = config.base_model_name_or_path or tuner.model.__dict__.get("name_or_path")
+        config.save_pretrained(str(folder))
+        processing = self.processing_class
         if processing is None:
-            processing = getattr(self.data_collator, "tokenizer", None)  # type: ignore[attr-defined]
+            processing = getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(str(folder))
         torch.save(args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Resume the weights, and psi as it stood."""
-        target = unwrap_parallel(model if model is not None else self.model)  # type: ignore[attr-defined]
-        check_checkpoint(target, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, target)  # type: ignore[misc]
-        callback = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, ASOCallback))  # type: ignore[attr-defined]
-        callback.restored = restore_coefficients(target, resume_from_checkpoint)
+        """Resume the weights, and psi as it stood: it came from the weights of an earlier step.
+
+        Raises:
+            ValueError: the checkpoint is of another task or another history.
+        """
+        model = self._bare(model if model is not None else self.model)
+        tuner = require_tuner(model)
+        own = tuner.peft_config[tuner.current_task]
+        saved: Any = PeftConfig.from_pretrained(resume_from_checkpoint)
+        found = (getattr(saved, "task_name", None), getattr(saved, "history", None))
+        if found != (own.task_name, own.history):
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} is of task {found[0]!r} with history {found[1]}, and the "
+                f"current task is {own.task_name!r} with history {own.history}. Give each task an output_dir of its "
+                "own, or activate the task that the checkpoint belongs to."
+            )
+        if saved.history_hashes and own.history_hashes and saved.history_hashes != own.history_hashes:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} was trained on top of other weights of its history "
+                f"{own.history} than the model holds. Load the history that it was trained on, or start the task anew."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if tuner.history and saved.soft_coefficients:
+            own.attribution_layout = saved.attribution_layout
+            tuner.set_soft_coefficients(saved.soft_coefficients, similarities=saved.similarities)
+            self._coefficient_callback.restored = True
+
+    def _bare(self, model: Any) -> Any:
+        """The PEFT model inside torch.compile's or a data-parallel wrapper."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def check_trainable(tuner: ASOLoraModel) -> None:
-    """Refuse to train what is merged or off, a task that is frozen, lacks its history, or shares no module with it."""
+    """Refuse to train a task that is merged, disabled or frozen, lacks its history, or shares no module with it.
+
+    Raises:
+        ValueError, MissingHistoryError, HistoryError: as `ASOTrainerMixin`.
+    """
     task = tuner.current_task
-    _refuse_merged_or_off(tuner)
+    # outside of the forward pass the adapters get no gradient from the task, and would follow the penalty alone
+    if tuner.is_merged:
+        raise ValueError(
+            "The adapters are merged into the base weights, where they do not train. Call model.unmerge_adapter() "
+            "first."
+        )
+    if any(layer.disable_adapters for layer in tuner.lora_layers().values()):
+        raise ValueError(
+            "The adapters are disabled, so that they do not train. Call model.base_model.enable_adapter_layers() "
+            "first (or leave the disable_adapter() context)."
+        )
     dependents = tuner.tasks.dependents(task)
     if dependents:
         raise ValueError(
@@ -258,40 +296,55 @@ def check_trainable(tuner: ASOLoraModel) -> None:
         )
 
 
-def _refuse_merged_or_off(tuner: ASOLoraModel) -> None:
-    """Adapters outside of the forward pass get no gradient from the task, and would follow the penalty alone."""
-    if tuner.is_merged:
-        raise ValueError(
-            "The adapters are merged into the base weights, where they do not train. Call model.unmerge_adapter() "
-            "first."
-        )
-    if any(layer.disable_adapters for layer in tuner.lora_layers().values()):
-        raise ValueError(
-            "The adapters are switched off, so that they do not train. Call model.base_model.enable_adapter_layers() "
-            "first (or leave the disable_adapter() context)."
-        )
-
-
-def _refuse_zero_3(accelerator: Any) -> None:
-    """DeepSpeed's ZeRO-3 leaves nothing of a weight in a process but in the module's own forward pass."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "DeepSpeed's ZeRO-3 takes the weights apart, and the penalty and the attribution read them outside of the "
-            "forward pass. Use ZeRO-2 or FSDP2, which shards the weights too (docs/distributed.md)."
-        )
-
-
-def unwrap_parallel(model: Any) -> Any:
-    """The PEFT model inside torch.compile's or a data-parallel wrapper."""
-    for wrapper in ("_orig_mod", "module"):
-        model = getattr(model, wrapper, model)
-    return model
-
-
 class ASOTrainer(ASOTrainerMixin, Trainer):
     """`transformers.Trainer` that trains the active ASO-LoRA task. See `ASOTrainerMixin`."""
 
 
 class ASOSeq2SeqTrainer(ASOTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` that trains the active ASO-LoRA task. See `ASOTrainerMixin`."""
+
+
+def __getattr__(name: str) -> Any:
+    """`ASOSFTTrainer` is made at its first use, because TRL is optional and slow to import."""
+    if name != "ASOSFTTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from trl import SFTTrainer
+    except ImportError as error:
+        raise ImportError('ASOSFTTrainer needs TRL: pip install "peft-aso[trl]"') from error
+
+    class ASOSFTTrainer(ASOTrainerMixin, SFTTrainer):
+        """`trl.SFTTrainer` with the orthogonality penalty, for a PEFT model whose active adapter is the task to train.
+
+        Datasets are TRL's: prompt and completion, as text or as conversations. The answer, whose tokens the loss and
+        the attribution read, is the completion (`completion_only_loss`, TRL's default for such data), or what the
+        assistant says (`assistant_only_loss=True`).
+
+        Args:
+            model: a `PeftModel` with ASO_LORA adapters. Not a name, and no `peft_config` next to it: the chain is made
+                with `get_peft_model`, `load_chain` and `add_adapter`.
+
+        Raises (on construction, before any work):
+            ValueError: a `peft_config`, packing or padding-free batches, whose rows hold several examples each; or as
+                `ASOTrainerMixin`.
+        """
+
+        _loss_counts_items = True
+
+        def __init__(self, model: Any, args: Any = None, *more: Any, **keywords: Any) -> None:
+            if keywords.get("peft_config") is not None:
+                raise ValueError(
+                    "peft_config would make an adapter without a name or a history. Make the model with "
+                    "get_peft_model(base, ASOLoraConfig(...), adapter_name=...), or add the task with "
+                    "model.add_adapter."
+                )
+            if args is not None and (args.packing or args.padding_free):
+                raise ValueError(
+                    "packing and padding_free put several examples into one row, which attribution cannot tell apart. "
+                    "Leave both off."
+                )
+            super().__init__(model, args, *more, **keywords)
+
+    ASOSFTTrainer.__qualname__ = "ASOSFTTrainer"
+    globals()["ASOSFTTrainer"] = ASOSFTTrainer
+    return ASOSFTTrainer

@@ -191,20 +191,29 @@ def adapter_of(task: str, configs: Mapping[str, Any], exclude: str | None = None
 
 
 def oldest_first(histories: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks, each after those of its history that are among them.
+    """The tasks, each after those of its history that are among them; of those that can be next the first given is.
 
     Raises:
         HistoryError: a task is its own ancestor.
     """
+    place = {task: index for index, task in enumerate(histories)}
     graph = {task: [old for old in history if old in histories] for task, history in histories.items()}
+    sorter = graphlib.TopologicalSorter(graph)
     try:
-        return list(graphlib.TopologicalSorter(graph).static_order())
+        sorter.prepare()
     except graphlib.CycleError as error:
         path = " -> ".join(reversed(error.args[1]))
         raise HistoryError(
             f"The histories form a cycle: {path} (each was trained on top of the next). One of these adapters has a "
             "wrong `history` in its adapter_config.json."
         ) from error
+    ordered: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
+        ordered.append(ready.pop(0))
+        sorter.done(ordered[-1])
+    return ordered
 
 
 def resolve_history(adapter: str, configs: Mapping[str, Any]) -> None:

@@ -80,9 +80,9 @@ class ASOLoraModel(LoraModel):
         self.attribution: dict[str, torch.Tensor] = {}
         self.removed_tasks: set[str] = set()
         self._loaded_hashes: dict[str, str] = {}  # of adapters as they were read from a file
-        self._without_weights: set[str] = set()  # added from a saved config, before their weights are loaded
-        # added by the user, before PEFT has settled their dtype -> what trained before
-        self._new: dict[str, list[nn.Parameter]] = {}
+        # adapters that are being added -> what trained before, to undo it after an error
+        self._new: dict[str, list[nn.Parameter]] = {}  # by the user, until PEFT has settled their dtype
+        self._without_weights: dict[str, list[nn.Parameter]] = {}  # from a file, until their weights are loaded
         self._adding_combined = False
 
     # ---- adding and deleting adapters ------------------------------------------------------------------------------
@@ -132,10 +132,7 @@ class ASOLoraModel(LoraModel):
         except Exception:  # whatever PEFT raised: the model is as before, and the error goes on
             self._take_out(adapter_name, trained)
             raise
-        if new:
-            self._new[adapter_name] = trained
-        else:
-            self._without_weights.add(adapter_name)
+        (self._new if new else self._without_weights)[adapter_name] = trained
         if adapter_name in self.tasks.missing:
             warnings.warn(
                 f"The adapter {adapter_name!r} was trained on top of {list(self.tasks.missing[adapter_name])}, which "
@@ -284,7 +281,7 @@ class ASOLoraModel(LoraModel):
         """Drop what is stored about a deleted adapter."""
         self.attribution.pop(adapter_name, None)
         self._loaded_hashes.pop(adapter_name, None)
-        self._without_weights.discard(adapter_name)
+        self._without_weights.pop(adapter_name, None)
         self._new.pop(adapter_name, None)
         self._sync_history()
 
@@ -348,7 +345,8 @@ class ASOLoraModel(LoraModel):
         for name in () if inference_mode else names:
             self._loaded_hashes.pop(name, None)  # it may train
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._without_weights -= set(names)  # whoever activates an adapter uses it as it is
+        for name in names:
+            self._without_weights.pop(name, None)  # whoever activates an adapter uses it as it is
         self._freeze_history()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -726,7 +724,7 @@ class ASOLoraModel(LoraModel):
                 tuner._take_hash(adapter_name, weights_hash(tensors, tuner.peft_config[adapter_name]), check=fresh)
         except ValueError:
             if tuner is not None and fresh and len(tuner.peft_config) > 1:
-                tuner._take_out(adapter_name, [p for p in tuner.model.parameters() if p.requires_grad])
+                tuner._take_out(adapter_name, tuner._without_weights[adapter_name])
             raise
         if tuner is not None:
             tuner._take_attribution(adapter_name, vector)
@@ -755,7 +753,7 @@ class ASOLoraModel(LoraModel):
 
     def _take_attribution(self, adapter_name: str, vector: torch.Tensor | None) -> None:
         """Take the attribution vector from an adapter's file, whose weights are about to be loaded."""
-        self._without_weights.discard(adapter_name)
+        self._without_weights.pop(adapter_name, None)
         self.attribution.pop(adapter_name, None)
         if vector is not None and self.peft_config[adapter_name].attribution_layout:
             self.attribution[adapter_name] = vector.detach().float().cpu()

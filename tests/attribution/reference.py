@@ -46,13 +46,15 @@ def captum_scores(model: nn.Module, batch: Batch, steps: int) -> torch.Tensor:
     found = []
     for layer in find_neurons(model):
         module = model.get_submodule(layer.name)
-        kept: list[torch.Tensor] = []
-        hook = module.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].detach()))
+        inputs_seen: list[torch.Tensor] = []
+        hook = module.register_forward_pre_hook(
+            lambda _, args, inputs_seen=inputs_seen: inputs_seen.append(args[0].detach())
+        )
         with torch.no_grad():
             answer_probability(model, inputs, labels)
         hook.remove()
         where = scaled_positions(model, batch, layer.name)[..., None]
-        neurons = kept[0].view(*where.shape[:2], -1)
+        neurons = inputs_seen[0].view(*where.shape[:2], -1)
 
         def forward(scaled: torch.Tensor, module: nn.Module = module, where: torch.Tensor = where) -> torch.Tensor:
             times = len(scaled) // len(labels)

@@ -1,4 +1,4 @@
-"""What the answer of a batch is and where it is predicted; every refusal and its words."""
+"""What the answer of a batch is and where it is predicted; every refusal and its message."""
 
 from __future__ import annotations
 
@@ -7,63 +7,53 @@ from typing import Any
 import pytest
 import torch
 
-from peft_aso.attribution import integrated_gradients
-from peft_aso.attribution.answer import is_causal, log_probability, read_batch
+from peft_aso.attribution import AttributionConfig, attribute, read_batch
+from peft_aso.attribution.answer import is_causal, log_probability
 from tests.tiny_models import CAUSAL, CLASSIFIERS, VOCAB, tiny, tiny_batch
 
 Batch = dict[str, torch.Tensor]
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+LABELS = torch.tensor([[-100, -100, 7, 8], [-100, 10, -100, -100]])
 
 
-def causal_batch() -> Batch:
-    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
-    labels = torch.tensor([[-100, -100, 7, 8], [-100, 10, -100, -100]])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+def changed(**values: Any) -> Batch:
+    batch = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "labels": LABELS, **values}
+    return {name: value for name, value in batch.items() if value is not None}
 
 
 def test_causal_positions_are_those_that_predict() -> None:
-    inputs, answer = read_batch(tiny("llama"), {**causal_batch(), "length": torch.tensor([4, 2])})
-    assert answer.kind == "causal"
-    assert answer.positions["single"].tolist() == [[False, True, True, False], [True, False, False, False]]
-    assert answer.targets.tolist() == [[-100, 7, 8, -100], [10, -100, -100, -100]]
-    assert set(inputs) == {"input_ids", "attention_mask"}
+    read = read_batch(tiny("llama"), changed(length=torch.tensor([4, 2])))
+    assert read.kind == "causal" and set(read.inputs) == {"input_ids", "attention_mask"}
+    assert read.positions["single"].tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert read.targets.tolist() == [[-100, 7, 8, -100], [10, -100, -100, -100]]
 
 
 def test_seq2seq_positions() -> None:
     model = tiny("t5")
     batch = tiny_batch(model, 3)
-    inputs, answer = read_batch(model, batch)
-    assert answer.kind == "seq2seq"
-    assert torch.equal(answer.positions["decoder"], batch["labels"] != -100)
-    assert torch.equal(answer.positions["encoder"], batch["attention_mask"].bool())
-    assert inputs["decoder_input_ids"].shape == batch["labels"].shape
+    read = read_batch(model, batch)
+    assert read.kind == "seq2seq" and read.inputs["decoder_input_ids"].shape == batch["labels"].shape
+    assert torch.equal(read.positions["decoder"], batch["labels"] != -100)
+    assert torch.equal(read.positions["encoder"], batch["attention_mask"].bool())
 
 
-def test_masked_language_models_use_every_token() -> None:
-    model = tiny("bert_mlm")
-    batch = tiny_batch(model, 3)
-    _, answer = read_batch(model, batch)
-    assert answer.kind == "token"
-    assert torch.equal(answer.targets, batch["labels"])
-    assert torch.equal(answer.positions["single"], batch["attention_mask"].bool())
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_bidirectional_classifiers_use_every_token(name: str) -> None:
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "bert_mlm"])
+def test_bidirectional_models_use_every_token(name: str) -> None:
     model = tiny(name)
     batch = tiny_batch(model, 3, padding="left")
-    _, answer = read_batch(model, batch)
-    assert answer.kind == "sequence"
-    assert torch.equal(answer.positions["single"], batch["attention_mask"].bool())
+    read = read_batch(model, batch)
+    assert read.kind == ("token" if name == "bert_mlm" else "sequence")
+    assert torch.equal(read.targets, batch["labels"])
+    assert torch.equal(read.positions["single"], batch["attention_mask"].bool())
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_causal_classifiers_use_the_pooled_token(padding: str) -> None:
     model = tiny("llama_classifier")
     batch = tiny_batch(model, 4, padding=padding)
-    _, answer = read_batch(model, batch)
     places = torch.arange(batch["input_ids"].shape[1])
     last = (places * batch["attention_mask"]).argmax(1)
-    assert torch.equal(answer.positions["single"], places[None] == last[:, None])
+    assert torch.equal(read_batch(model, batch).positions["single"], places[None] == last[:, None])
 
 
 def test_causal_or_not_is_observed() -> None:
@@ -71,47 +61,21 @@ def test_causal_or_not_is_observed() -> None:
     assert not any(is_causal(tiny(name)) for name in (*CLASSIFIERS, "bert_mlm"))
 
 
-def test_log_probability_is_the_sum_over_the_answer() -> None:
-    logits = torch.randn(2, 3, 7, requires_grad=True)
-    targets = torch.tensor([[1, -100, 4], [-100, -100, 6]])
-    logs = torch.log_softmax(logits, -1)
-    expected = torch.stack([logs[0, 0, 1] + logs[0, 2, 4], logs[1, 2, 6]])
-    assert torch.allclose(log_probability(logits, targets), expected)
-    assert log_probability(logits.bfloat16(), targets).dtype == torch.float32
-    assert log_probability(logits.double(), targets).dtype == torch.float64
-    classes = log_probability(logits[:, 0], torch.tensor([3, 0]))
-    assert torch.allclose(classes, torch.stack([logs[0, 0, 3], logs[1, 0, 0]]))
-
-
-def changed(**values: Any) -> Batch:
-    batch = causal_batch()
-    for key, value in values.items():
-        batch[key] = value
-    return batch
-
-
+NO_ANSWER = "No label of the batch is an answer token"
 REFUSED: list[tuple[str, Batch, str]] = [
-    ("no labels", {k: v for k, v in causal_batch().items() if k != "labels"}, "no `labels` tensor"),
-    ("none at all", changed(labels=torch.full((2, 4), -100)), "no label of the batch is an answer token"),
-    (
-        "first only",
-        changed(labels=torch.tensor([[5, -100, -100, -100]] * 2)),
-        "no label of the batch is an answer token",
-    ),
-    (
-        "none in a row",
-        changed(labels=torch.tensor([[-100, -100, 7, 8], [-100] * 4])),
-        "row 1 has no answer token",
-    ),
+    ("no labels", changed(labels=None), "no `labels` tensor"),
+    ("none at all", changed(labels=torch.full((2, 4), -100)), NO_ANSWER),
+    ("first only", changed(labels=torch.tensor([[5, -100, -100, -100]] * 2)), NO_ANSWER),
+    ("none in a row", changed(labels=torch.tensor([[-100, -100, 7, 8], [-100] * 4])), "Row 1 has no answer token"),
     (
         "every token",
         changed(labels=torch.tensor([[-100, -100, 7, 8], [9, 10, -100, -100]])),
-        "row 1 has labels on every token.*prompt to -100",
+        "Row 1 has labels on every token.*prompt to -100",
     ),
     (
         "on padding",
         changed(labels=torch.tensor([[-100, -100, 7, 8], [-100, -100, 3, 4]])),
-        "row 1 has labels on padding",
+        "Row 1 has labels on padding",
     ),
     (
         "restarting positions",
@@ -122,29 +86,24 @@ REFUSED: list[tuple[str, Batch, str]] = [
     ("floats", changed(labels=torch.zeros(2)), "regression or a multi-label"),
     (
         "unknown id",
-        changed(labels=torch.tensor([[-100, -100, 7, VOCAB], [-100, 10, -100, -100]])),
-        f"label {VOCAB} is out of range: LlamaForCausalLM has {VOCAB} ids",
+        changed(labels=torch.where(LABELS == 8, VOCAB, LABELS)),
+        f"Label {VOCAB} is out of range: LlamaForCausalLM has {VOCAB} ids",
     ),
-    (
-        "negative id",
-        changed(labels=torch.tensor([[-100, -100, 7, -1], [-100, 10, -100, -100]])),
-        "label -1 is out of range",
-    ),
+    ("negative id", changed(labels=torch.where(LABELS == 8, -1, LABELS)), "Label -1 is out of range"),
     ("other shape", changed(labels=torch.tensor([[-100, 3], [-100, 3]])), "differ in shape"),
     ("three dimensions", changed(labels=torch.zeros(2, 4, 1).long()), "labels must be"),
-    ("no inputs", {"labels": causal_batch()["labels"]}, "neither input_ids nor inputs_embeds"),
+    ("no inputs", changed(input_ids=None), "neither input_ids nor inputs_embeds"),
 ]
 
 
 @pytest.mark.parametrize(("batch", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
-def test_refused(batch: Batch, message: str) -> None:
+def test_refused_before_the_model_runs(batch: Batch, message: str) -> None:
     model = tiny("llama")
     calls: list[int] = []
-    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=message):
-        integrated_gradients(model, batch, steps=2)
-    hook.remove()
-    assert not calls, "the model ran before the batch was refused"
+        attribute(model, batch, AttributionConfig(steps=2))
+    assert not calls
 
 
 def test_left_padded_position_ids_are_no_packing() -> None:
@@ -159,17 +118,16 @@ def test_long_answers_need_a_higher_cap() -> None:
     ids = torch.randint(3, VOCAB, (1, 9))
     batch = {"input_ids": ids, "labels": torch.where(torch.arange(9) < 3, -100, ids)}
     read_batch(model, batch, max_answer_tokens=6)
-    with pytest.raises(ValueError, match=r"6 answer tokens, more than max_answer_tokens=5.*-100.*raise"):
+    with pytest.raises(ValueError, match=r"more answer tokens than max_answer_tokens=5.*-100.*raise"):
         read_batch(model, batch, max_answer_tokens=5)
 
 
-def test_classifier_labels() -> None:
+def test_labels_of_other_models() -> None:
     model = tiny("bert")
     batch = tiny_batch(model, 2)
     for labels, message in (
-        (torch.tensor([0, 3]), "label 3 is out of range: BertForSequenceClassification has 3 classes"),
+        (torch.tensor([0, 3]), "Label 3 is out of range: BertForSequenceClassification has 3 classes"),
         (torch.tensor([0, -100]), "label of row 1 is -100"),
-        (torch.tensor([0.5, 1.0]), "regression"),
         (torch.zeros(2, 3), "regression"),
         (torch.tensor([0, 1, 2]), "3 labels for 2 examples"),
     ):
@@ -177,19 +135,12 @@ def test_classifier_labels() -> None:
             read_batch(model, {**batch, "labels": labels})
     with pytest.raises(ValueError, match="regression"):
         read_batch(tiny("bert", num_labels=1), {**batch, "labels": torch.tensor([0, 0])})
-
-
-def test_encoder_decoder_classifiers_are_refused() -> None:
-    batch = tiny_batch(tiny("t5"), 2)
+    seq2seq = tiny("t5")
+    batch = tiny_batch(seq2seq, 2)
     with pytest.raises(ValueError, match="ForConditionalGeneration"):
-        read_batch(tiny("t5"), {**batch, "labels": torch.tensor([0, 1])})
-
-
-def test_seq2seq_shapes_must_agree() -> None:
-    model = tiny("bart")
-    batch = tiny_batch(model, 2)
+        read_batch(seq2seq, {**batch, "labels": torch.tensor([0, 1])})
     with pytest.raises(ValueError, match="differ in shape"):
-        read_batch(model, {**batch, "decoder_input_ids": torch.ones(2, 5).long()})
+        read_batch(seq2seq, {**batch, "decoder_input_ids": torch.ones(2, 5).long()})
 
 
 @pytest.mark.parametrize("unlabelled", [False, True])
@@ -206,3 +157,6 @@ def test_log_probability_and_its_gradient_are_log_softmaxs(unlabelled: bool, fre
     (reference,) = torch.autograd.grad((expected * weights.double()).sum(), logits)
     assert torch.allclose(found.double(), expected, atol=1e-5)
     assert torch.allclose(gradient, reference, atol=1e-6)
+    assert log_probability(logits.bfloat16(), targets).dtype == torch.float32
+    classes = log_probability(logits[:, 0], torch.tensor([3, 0, 1]))
+    assert torch.allclose(classes, logits[:, 0].log_softmax(-1)[torch.arange(3), [3, 0, 1]])

@@ -1,46 +1,55 @@
-"""Scores against Captum, what they mean, and the settings."""
+"""Scores against Captum, what they mean, and the settings: of the reference and of the fast engine."""
 
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
-import scipy.stats
 import torch
-from captum.attr._utils.approximation_methods import approximation_parameters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_aso.attribution import find_neurons, integrated_gradients, similarity
+from peft_aso.attribution import (
+    AttributionConfig,
+    AttributionVector,
+    attribute,
+    find_neurons,
+    integrated_gradients,
+    similarity,
+)
 from tests.attribution.reference import answer_probability, captum_scores, largest_gap, scaled_positions
 from tests.tiny_models import tiny, tiny_batch
 
 Batch = dict[str, torch.Tensor]
 
 
-def test_captums_right_riemann_sum_is_eq_10() -> None:
-    sizes, alphas = approximation_parameters("riemann_right")
-    assert alphas(20) == pytest.approx([k / 20 for k in range(1, 21)])
-    assert sizes(20) == pytest.approx([1 / 20] * 20)
+def scores(model: Any, batch: Batch, method: str = "auto", **settings: Any) -> AttributionVector:
+    return attribute(
+        model, batch, AttributionConfig(**{"steps": 3, "quadrature": "riemann", **settings}), method=method
+    )
 
 
-@pytest.mark.parametrize("method", ["fast", "plain"])
+@pytest.mark.parametrize("method", ["fast", "reference"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "t5", "bart", "bert", "bert_mlm"])
 def test_scores_are_captums(name: str, padding: str, method: str, fresh_seed: int) -> None:
     # in float64: a draw can cancel so far that Captum itself is 3e-5 off in float32
     model = tiny(name, seed=fresh_seed).double()
     batch = tiny_batch(model, 3, seed=fresh_seed, padding=padding)
-    ours = integrated_gradients(model, batch, steps=7, method=method)
-    reference = captum_scores(model, batch, steps=7)
-    assert largest_gap(ours.scores, reference) <= 1e-5
-    labels = batch["labels"]
+    ours = scores(model, batch, method, steps=7)
+    assert largest_gap(ours.scores, captum_scores(model, batch, steps=7)) <= 1e-5
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
-        expected = answer_probability(model, inputs, labels).log()
+        expected = answer_probability(model, inputs, batch["labels"]).log()
     assert torch.allclose(ours.log_probability.double(), expected, atol=1e-4)
+    assert [name for name, _, _ in ours.layout] == [layer.name for layer in find_neurons(model)]
+
+
+def test_the_paper_is_the_references_default() -> None:
+    model = tiny("llama").double()
+    batch = tiny_batch(model, 2)
+    assert largest_gap(integrated_gradients(model, batch).scores, captum_scores(model, batch, steps=20)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "t5_v11", "bert"])
@@ -49,7 +58,7 @@ def test_a_layers_scores_add_up(name: str, quadrature: str, steps: int, toleranc
     """Completeness: the scores of a layer add up to P with its neurons minus P without them."""
     model = tiny(name, std=0.15)
     batch = tiny_batch(model, 2)
-    vector = integrated_gradients(model, batch, steps=steps, quadrature=quadrature)
+    vector = scores(model, batch, steps=steps, quadrature=quadrature)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     for layer in find_neurons(model):
         where = scaled_positions(model, batch, layer.name)[..., None]
@@ -62,68 +71,46 @@ def test_a_layers_scores_add_up(name: str, quadrature: str, steps: int, toleranc
             hook = layer.module.register_forward_pre_hook(silence)
             absent = answer_probability(model, inputs, batch["labels"])
             hook.remove()
-        total = vector.scores[:, vector.slices()[layer.name]].double().sum(1)
-        size = vector.scores.abs().sum(1).double()
-        assert torch.all((total - (present - absent)).abs() <= tolerance * size)
+        total = (vector.layer(layer.name).double() * vector.log_scale.double().exp()[:, None]).sum(1)
+        assert torch.all((total - (present - absent)).abs() <= tolerance * vector.scores.abs().sum(1).double())
 
 
 def test_a_long_answer_does_not_vanish() -> None:
     model = tiny("llama")
     ids = torch.randint(3, 64, (2, 48))
     batch = {"input_ids": ids, "labels": torch.where(torch.arange(48) < 4, -100, ids)}
-    vector = integrated_gradients(model, batch, steps=4)
-    plain = integrated_gradients(model, batch, steps=4, method="plain")
-    assert torch.all(vector.log_probability < -110), "P is 0 in float32"
-    assert torch.all(vector.scores == 0)
-    assert torch.isfinite(vector.values).all()
-    assert torch.all((vector.values != 0).sum(1) > 0.9 * vector.values.shape[1])
-    assert torch.all(similarity(vector.values, plain.values) > 0.9999)
+    fast, reference = (scores(model, batch, method, steps=4) for method in ("fast", "reference"))
+    for vector in (fast, reference):
+        assert torch.all(vector.log_probability < -110), "P is 0 in float32"
+        assert torch.all(vector.scores == 0) and torch.isfinite(vector.values).all()
+        assert torch.all((vector.values != 0).sum(1) > 0.9 * vector.values.shape[1])
+    assert torch.all(similarity(fast.values, reference.values) > 0.9999)
 
 
-def test_float64_is_more_exact_not_different() -> None:
-    model = tiny("llama")
-    batch = tiny_batch(model, 2)
-    single = integrated_gradients(model, batch, steps=5)
-    double = integrated_gradients(copy.deepcopy(model).double(), batch, steps=5)
-    assert largest_gap(single.values, double.values) <= 1e-4
-
-
+@pytest.mark.parametrize("method", ["fast", "reference"])
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_half_precision_and_autocast(name: str) -> None:
+def test_precision_and_autocast(name: str, method: str) -> None:
     model = tiny(name, std=0.15)
     batch = tiny_batch(model, 2)
-    reference = integrated_gradients(model, batch, steps=5)
+    single = scores(model, batch, method)
+    assert largest_gap(single.values, scores(copy.deepcopy(model).double(), batch, method).values) <= 1e-4
     with torch.autocast("cpu", torch.bfloat16):
-        cast = integrated_gradients(model, batch, steps=5)
-    half = integrated_gradients(copy.deepcopy(model).bfloat16(), batch, steps=5)
+        cast = scores(model, batch, method)
+    half = scores(copy.deepcopy(model).bfloat16(), batch, method)
     for vector in (cast, half):
         assert vector.values.dtype == torch.float32
-        assert torch.all(similarity(vector.values, reference.values) > 0.95)
-    assert not torch.equal(cast.values, reference.values), "the caller's autocast was not followed"
-
-
-def test_stacks_of_an_encoder_decoder() -> None:
-    model = tiny("t5_v11")
-    batch = tiny_batch(model, 2)
-    whole = integrated_gradients(model, batch, steps=3)
-    for stack in ("encoder", "decoder"):
-        part = integrated_gradients(model, batch, steps=3, stacks=stack)
-        assert [name for name, _, _ in part.layout] == [n for n, _, _ in whole.layout if n.startswith(stack)]
-        expected = torch.cat([whole.layer(name) for name, _, _ in part.layout], 1)
-        assert largest_gap(part.values, expected) <= 1e-5
-    with pytest.raises(ValueError, match="no FFN neurons in such a stack"):
-        integrated_gradients(tiny("llama"), tiny_batch(tiny("llama")), stacks="encoder")
+        assert torch.all(similarity(vector.values, single.values) > 0.95)
+    assert not torch.equal(cast.values, single.values), "the caller's autocast was not followed"
 
 
 def test_manual_neurons_also_outside_the_blocks() -> None:
     model = tiny("llama")
     batch = tiny_batch(model, 2)
-    chosen = integrated_gradients(model, batch, steps=3, neurons=["layers.1.mlp.down_proj", "lm_head"])
-    assert [name for name, _, _ in chosen.layout] == ["model.layers.1.mlp.down_proj", "lm_head"]
-    whole = integrated_gradients(model, batch, steps=3)
     name = "model.layers.1.mlp.down_proj"
-    assert largest_gap(chosen.layer(name), whole.layer(name)) <= 1e-5
-    head = integrated_gradients(model, batch, steps=3, neurons=["lm_head"], method="plain")
+    chosen = scores(model, batch, neurons=["layers.1.mlp.down_proj", "lm_head"])
+    assert [name for name, _, _ in chosen.layout] == [name, "lm_head"]
+    assert largest_gap(chosen.layer(name), scores(model, batch).layer(name)) <= 1e-5
+    head = scores(model, batch, "reference", neurons=["lm_head"])
     assert largest_gap(chosen.layer("lm_head"), head.values) <= 1e-5
 
 
@@ -135,77 +122,47 @@ def test_an_adapter_on_the_ffn_itself(name: str) -> None:
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, fan_in_fan_out=name == "gpt2")
     wrapped = get_peft_model(model, config)
     batch = tiny_batch(model, 2)
-    adapted = integrated_gradients(wrapped, batch, steps=3, method="fast")
+    adapted = scores(wrapped, batch, "fast")
     with wrapped.disable_adapter():
-        base = integrated_gradients(wrapped, batch, steps=3, method="fast")
-    merged = integrated_gradients(wrapped.merge_and_unload(), batch, steps=3)
+        base = scores(wrapped, batch, "fast")
+    merged = scores(wrapped.merge_and_unload(), batch)
     assert [name for name, _, _ in adapted.layout] == targets
     assert largest_gap(adapted.values, merged.values) <= 1e-4
     assert largest_gap(base.values, merged.values) > 1e-2
 
 
-def test_wrappers_are_looked_through() -> None:
+@pytest.mark.parametrize("method", ["fast", "reference"])
+def test_a_compiled_model_is_attributed_through_its_original(method: str) -> None:
     model = tiny("llama")
     batch = tiny_batch(model, 2)
-    expected = integrated_gradients(model, batch, steps=3)
+    expected = scores(model, batch, method)
     compiled = torch.compile(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), backend="eager")
-    vector = integrated_gradients(compiled, batch, steps=3)
+    vector = scores(compiled, batch, method)
     assert vector.layout == expected.layout
     assert largest_gap(vector.values, expected.values) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "steps is a whole number"),
-        ({"steps": 2.5}, "steps is a whole number"),
-        ({"quadrature": "simpson"}, "quadrature is one of"),
-        ({"method": "quick"}, "method is one of"),
-        ({"stacks": "top"}, "stacks is one of"),
-        ({"max_rows": 0}, "max_rows is at least 1"),
-    ],
-)
-def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
-    model = tiny("llama")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        integrated_gradients(model, tiny_batch(model, 1), **settings)
-
-
-def test_gauss_legendre_needs_fewer_steps() -> None:
-    model = tiny("llama", std=0.15)
-    batch = tiny_batch(model, 2)
-    reference = integrated_gradients(model, batch, steps=1000).values
-    quick = integrated_gradients(model, batch, steps=8, quadrature="gauss_legendre").values
-    riemann = integrated_gradients(model, batch, steps=8).values
-    assert largest_gap(quick, reference) < 0.2 * largest_gap(riemann, reference)
-
-
-def test_nan_weights_are_named() -> None:
+@pytest.mark.parametrize("method", ["auto", "reference"])
+def test_what_has_no_scores_is_an_error(method: str) -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"attribution of model\.layers\.\d\.mlp\.down_proj has NaN or Inf"):
-        integrated_gradients(model, tiny_batch(model, 1), steps=2, method="plain")
-
-
-def test_weights_shared_by_blocks_are_refused() -> None:
-    model = tiny("llama")
-    model.model.layers[2].mlp = model.model.layers[1].mlp
+        scores(model, tiny_batch(model, 1), method)
+    shared = tiny("llama")
+    shared.model.layers[2].mlp = shared.model.layers[1].mlp  # as in ALBERT
     with pytest.raises(ValueError, match="ran 2 times in one forward pass"):
-        integrated_gradients(model, tiny_batch(model, 1), steps=2, method="plain")
+        scores(shared, tiny_batch(shared, 1), method)
+    with pytest.raises(ValueError, match="method='quick' is not known"):
+        scores(tiny("llama"), tiny_batch(tiny("llama"), 1), "quick")
 
 
-def test_progress_is_shown_and_cleared(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("method", ["fast", "reference"])
+def test_progress_is_shown_and_cleared(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny("llama")
-    integrated_gradients(model, tiny_batch(model, 1), steps=2, progress=True)
+    config = AttributionConfig(steps=2)
+    attribute(model, tiny_batch(model, 1), config, method=method, progress=True)
     shown = capsys.readouterr().err
     assert "attribution" in shown and "/3 [" in shown and shown.endswith("\r")
-    integrated_gradients(model, tiny_batch(model, 1), steps=2)
+    attribute(model, tiny_batch(model, 1), config, method=method)
     assert capsys.readouterr().err == ""
-
-
-def test_ranks_of_the_values_are_those_of_the_scores() -> None:
-    model = tiny("gpt2")
-    vector = integrated_gradients(model, tiny_batch(model, 3), steps=3)
-    for values, scores in zip(vector.values, vector.scores, strict=True):
-        assert scipy.stats.spearmanr(values, scores).statistic == pytest.approx(1.0)

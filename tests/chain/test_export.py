@@ -1,10 +1,7 @@
-"""The export is one stock LoRA adapter that stock PEFT loads with the same logits, in a process of its
-own.
-"""
+"""Exports have the logits of the chain: a stock LoRA adapter in a process without this package, and a merged model."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -20,15 +17,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from peft_aso import HistoryError, MissingHistoryError, load_chain
-from peft_aso.chain import ChainError, export, export_lora, save_chain
-from peft_aso.tuner.layer import adapters_in, matrices_of
-from tests.chain.chains import logits, make_chain, settings
+from peft_aso import ChainError, HistoryError, MissingHistoryError, export_lora, export_merged, save_chain
+from peft_aso.chain.export import exact_targets
+from peft_aso.tuner.low_rank import MERGES, LowRank, register_merge, sum_updates
+from tests.chain.chains import add, logits, make_chain, settings
 from tests.tiny_models import tiny, tiny_batch
 
-# what differs from task to task, and which extra tests each architecture carries
-CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+Tasks = dict[str, dict[str, Any]]
+# what differs from task to task, and which extra layers each architecture has
+CASES: dict[str, tuple[str, Tasks]] = {
     "llama": (
         "llama",
         {
@@ -38,13 +37,7 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
     "llama_bias": ("llama", {"first": {"lora_bias": True}, "second": {}}),
-    "gpt2": (
-        "gpt2",
-        {
-            "first": {"target_modules": ["c_attn"], "r": 3},
-            "second": {"target_modules": ["mlp.c_proj", "c_attn"], "use_rslora": True},
-        },
-    ),
+    "gpt2": ("gpt2", {"first": {"r": 3}, "second": {"target_modules": ["mlp.c_proj", "c_attn"], "use_rslora": True}}),
     "t5": (
         "t5",
         {
@@ -53,55 +46,42 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "third": {"target_modules": ["wo"], "lora_alpha": 1},
         },
     ),
-    "bert": (
-        "bert",
-        {
-            "first": {},
-            "second": {"r": 3, "target_modules": ["query", "output.dense"]},
-            "third": {"use_rslora": True},
-        },
-    ),
+    "bert": ("bert", {"first": {}, "second": {"r": 3, "target_modules": ["query", "output.dense"]}}),
     "embedding": ("llama", {"first": {"target_modules": ["embed_tokens", "q_proj"], "r": 3}, "second": {}}),
     "embeddings": (
         "gpt2",
         {
-            "first": {"target_modules": ["wte", "c_attn"], "r": 3},
-            "second": {"target_modules": ["wte"], "use_rslora": True, "fan_in_fan_out": False},
+            "first": {"target_modules": ["wte", "c_attn"]},
+            "second": {"target_modules": ["wte"], "fan_in_fan_out": False},
         },
     ),
 }
 OVERRIDES: dict[str, dict[str, Any]] = {"llama_bias": {"attention_bias": True}}
-
-
-def describe_base(folder: Path, architecture: str, case: str) -> Any:
-    """Write a base model and a batch so that a process without our test code can read them."""
-    base = tiny(architecture, **OVERRIDES.get(case, {}))
-    folder.mkdir(parents=True)
-    values = {key: value for key, value in base.config.to_dict().items() if key != "transformers_version"}
-    (folder / "description.json").write_text(json.dumps({"class": type(base).__name__, "config": values}))
-    torch.save(base.state_dict(), folder / "weights.pt")
-    torch.save(tiny_batch(base, seed=3), folder / "batch.pt")
-    return base
+EXPORTS = pytest.mark.parametrize("export", [export_lora, export_merged])
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save of")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    """Case -> our model and what the stock process found."""
+    """Case -> our model, and what a process found that has only stock PEFT."""
     root = tmp_path_factory.mktemp("exports")
-    jobs, models = [], {}
+    jobs, models = [], []
     for case, (architecture, tasks) in CASES.items():
-        describe_base(root / case / "base", architecture, case)
-        model = make_chain(architecture, tasks, **OVERRIDES.get(case, {}))
-        export_lora(model, root / case / "served")
-        jobs.append([str(root / case / "base"), str(root / case / "served")])
-        models[case] = model
+        folder = root / case
+        base = tiny(architecture, **OVERRIDES.get(case, {}))
+        values = {key: value for key, value in base.config.to_dict().items() if key != "transformers_version"}
+        folder.mkdir()
+        (folder / "description.json").write_text(json.dumps({"class": type(base).__name__, "config": values}))
+        torch.save(base.state_dict(), folder / "weights.pt")
+        torch.save(tiny_batch(base, seed=3), folder / "batch.pt")
+        models.append(make_chain(architecture, tasks, **OVERRIDES.get(case, {})))
+        jobs.append([str(folder), str(export_lora(models[-1], folder / "served"))])
     (root / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("stock_process.py")
-    command = [sys.executable, str(script), str(root / "jobs.json"), str(root / "results.pt")]
+    command = [sys.executable, str(Path(__file__).with_name("stock_process.py"))]
+    command += [str(root / "jobs.json"), str(root / "results.pt")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert run.returncode == 0, run.stderr
-    found = torch.load(root / "results.pt", weights_only=True)
-    return {case: (models[case], result) for case, result in zip(CASES, found, strict=True)}
+    return dict(zip(CASES, zip(models, torch.load(root / "results.pt", weights_only=True), strict=True), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,111 +90,65 @@ def test_stock_peft_gives_the_same_logits(results: Any, case: str) -> None:
     ours = logits(model)
     with model.disable_adapter():
         assert (logits(model) - ours).abs().max() > 1e-2  # the adapters matter
-    # the folded history rounds the sum of weight and adapters: 1e-5 of the largest logit, not of each
+    # a folded history rounds the sum of weight and adapters: 1e-5 of the largest logit, not of each
     torch.testing.assert_close(found["logits"], ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_stock_peft_finds_a_plain_adapter(results: Any, case: str) -> None:
-    model, found = results[case]
-    names = model.base_model.tasks.expand(model.active_adapters)
-    layers = {name: layer for name, layer in model.base_model.lora_layers().items() if adapters_in(layer, names)}
-    most = max(
-        sum(matrices_of(layer, name)[0].shape[0] for name in adapters_in(layer, names)) for layer in layers.values()
-    )
-    assert found["warnings"] == []
-    assert found["modules"] == sorted(layers)
-    assert (found["scales"], found["ranks"], found["peft_type"]) == ([1.0], [most], "LORA")
-
-
-def test_merged_model_is_the_export(results: Any) -> None:
-    _, found = results["llama"]
-    merged = make_chain(*CASES["llama"]).merge_and_unload()
-    # merging rounds the sum of weight and adapters, so that the two agree less closely than the adapters do
-    torch.testing.assert_close(logits(merged), found["logits"], rtol=1e-4, atol=1e-4)
-
-
-def test_config_is_stock(tmp_path: Path) -> None:
-    model = make_chain(*CASES["llama"])
-    model.peft_config["third"].base_model_name_or_path = "somebody/model"
-    folder = export_lora(model, tmp_path / "served")
-    assert folder == tmp_path / "served"
-    assert sorted(os.listdir(folder)) == ["README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
-    values = json.loads((folder / CONFIG_NAME).read_text())
-    stock = LoraConfig().to_dict()
-    assert values.keys() == stock.keys()
-    assert (values["r"], values["lora_alpha"]) == (9, 9)
-    assert (values["rank_pattern"], values["alpha_pattern"], values["use_rslora"]) == ({}, {}, False)
-    assert (values["task_type"], values["base_model_name_or_path"]) == ("CAUSAL_LM", "somebody/model")
-    assert (values["layers_to_transform"], values["lora_dropout"], values["bias"]) == (None, 0.0, "none")
-    text = (folder / CONFIG_NAME).read_text() + (folder / "README.md").read_text()
-    assert "aso" not in text.lower().replace("reason", "")
-    shapes = {
-        tuple(tensor.shape)[:1]
-        for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()
-        if "lora_A" in name
-    }
-    assert shapes == {(9,)}
-    assert "- rank 9, alpha 9" in text
-    assert "first, second, third" in text
-    assert "--max-lora-rank 16" in text
-
-
-def test_automatic_mapping_without_a_task_type(tmp_path: Path) -> None:
-    model = make_chain(tasks={"first": {"task_type": None}})
-    export_lora(model, tmp_path)
-    values = json.loads((tmp_path / CONFIG_NAME).read_text())
-    assert values["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    layers = model.base_model.lora_layers()
+    rank = max(sum(layer.r[name] for name in model.peft_config if name in layer.scaling) for layer in layers.values())
+    assert found["warnings"] == [] and found["modules"] == sorted(layers)
+    assert (found["scales"], found["ranks"], found["peft_type"]) == ([1.0], [rank], "LORA")
 
 
 def load_stock(architecture: str, folder: Path) -> Any:
     return PeftModel.from_pretrained(tiny(architecture), str(folder)).eval()
 
 
-def test_chosen_tasks_come_without_their_history(tmp_path: Path) -> None:
+def test_config_is_stock(tmp_path: Path) -> None:
     model = make_chain(*CASES["llama"])
+    model.peft_config["third"].base_model_name_or_path = "somebody/model"
+    folder = export_lora(model, tmp_path / "served")
+    assert sorted(os.listdir(folder)) == ["README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    assert values.keys() == LoraConfig().to_dict().keys()
+    assert (values["r"], values["lora_alpha"], values["use_rslora"]) == (9, 9, False)
+    assert (values["rank_pattern"], values["alpha_pattern"], values["layers_to_transform"]) == ({}, {}, None)
+    assert (values["task_type"], values["base_model_name_or_path"]) == ("CAUSAL_LM", "somebody/model")
+    text = (folder / CONFIG_NAME).read_text() + (folder / "README.md").read_text()
+    assert "aso" not in text.lower() and "- rank 9, alpha 9" in text
+    assert "first, second, third" in text and "--max-lora-rank 16" in text
+    untyped = export_lora(make_chain(tasks={"first": {"task_type": None}}), tmp_path / "untyped")
+    assert json.loads((untyped / CONFIG_NAME).read_text())["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+
+
+def test_chosen_tasks_come_without_their_history(tmp_path: Path) -> None:
+    model = make_chain(tasks={"default": {"task_name": "reviews"}, "second": {}, "third": {}})
+    for layer in model.base_model.lora_layers().values():
+        layer.set_scale("second", 0.5)
     export_lora(model, tmp_path / "one", tasks=["second"])
     with model.base_model.only("second"):
         torch.testing.assert_close(logits(load_stock("llama", tmp_path / "one")), logits(model))
-    export_lora(model, tmp_path / "two", tasks=["third", "second"])
-    two = load_stock("llama", tmp_path / "two")
-    weight = "model.layers.0.self_attn.q_proj.weight"
-    ours = make_chain(*CASES["llama"]).base_model.lora_layers()["model.layers.0.self_attn.q_proj"]
-    delta = two.merge_and_unload().state_dict()[weight] - tiny("llama").state_dict()[weight]
-    torch.testing.assert_close(delta, ours.get_delta_weight("third"))
+    export_lora(model, tmp_path / "two", tasks=["third", "reviews"])
+    two = load_stock("llama", tmp_path / "two").merge_and_unload()
+    name, layer = next(iter(model.base_model.lora_layers().items()))
+    delta = layer.get_delta_weight("third") + layer.get_delta_weight("default")
+    torch.testing.assert_close(two.get_submodule(name).weight, layer.get_base_layer().weight + delta)
 
 
-def test_task_names_and_adapter_names(tmp_path: Path) -> None:
-    model = make_chain(tasks={"default": {"task_name": "reviews"}, "second": {}})
-    export_lora(model, tmp_path / "by-task", tasks=["reviews"])
-    export_lora(model, tmp_path / "by-adapter", tasks=["default"])
-    first, second = (load_file(tmp_path / name / SAFETENSORS_WEIGHTS_NAME) for name in ("by-task", "by-adapter"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_scale_that_was_changed_counts(tmp_path: Path) -> None:
-    model = make_chain(tasks={"first": {}})
-    for layer in model.base_model.lora_layers().values():
-        layer.scale_layer(0.5)
-    export_lora(model, tmp_path)
-    torch.testing.assert_close(logits(load_stock("llama", tmp_path)), logits(model))
+def delta_of(layer: Any, tasks: list[str]) -> torch.Tensor:
+    found = [layer.get_delta_weight(task).detach().double() for task in tasks if task in layer.scaling]
+    return torch.stack(found).sum(0)
 
 
 @pytest.mark.parametrize("max_rank", [1, 3, 6])
 def test_max_rank_is_the_best_of_that_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture, max_rank: int) -> None:
     model = make_chain(*CASES["llama"])
-    names = ["first", "second", "third"]
     with caplog.at_level(logging.WARNING, logger="peft_aso"):
         export_lora(model, tmp_path, max_rank=max_rank)
-    weights = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME)
-    bounds, norms = {}, {}
+    weights, bounds, norms = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME), {}, {}
     for name, layer in model.base_model.lora_layers().items():
-        delta = torch.stack(
-            [layer.get_delta_weight(task).detach().double() for task in adapters_in(layer, names)]
-        ).sum(0)
+        delta = delta_of(layer, list(model.peft_config))
         down, up = (weights[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
         assert down.shape[0] == up.shape[1] == max_rank
-        bounds[name] = float(torch.linalg.svdvals(delta.detach())[max_rank:].square().sum().sqrt())
+        bounds[name] = float(torch.linalg.svdvals(delta)[max_rank:].square().sum().sqrt())
         norms[name] = float(torch.linalg.matrix_norm(delta))
         error = float(torch.linalg.matrix_norm(up @ down - delta))
         assert error == pytest.approx(bounds[name], abs=2e-6 * norms[name])
@@ -223,15 +157,6 @@ def test_max_rank_is_the_best_of_that_rank(tmp_path: Path, caplog: pytest.LogCap
     stated = f"{total:.2e} over all weights, {worst:.2e} at worst"
     assert f"rank {max_rank} instead of 9: relative error {stated}" in caplog.text
     assert stated in (tmp_path / "README.md").read_text()
-
-
-def test_large_max_rank_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = make_chain(*CASES["llama"])
-    export_lora(model, tmp_path / "all")
-    export_lora(model, tmp_path / "enough", max_rank=9)
-    first, second = (load_file(tmp_path / name / SAFETENSORS_WEIGHTS_NAME) for name in ("all", "enough"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not caplog.records
 
 
 def test_rank_above_vllms(tmp_path: Path) -> None:
@@ -247,24 +172,15 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype | None) -> None:
     export_lora(model, tmp_path, dtype=dtype)
     weights = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME)
     assert {tensor.dtype for tensor in weights.values()} == {dtype or torch.bfloat16}
-    stock = PeftModel.from_pretrained(tiny("llama").to(torch.bfloat16), str(tmp_path), autocast_adapter_dtype=False)
-    name = "model.layers.1.self_attn.v_proj"
-    layer = model.base_model.lora_layers()[name]
-    delta = torch.stack(
-        [
-            layer.scaling[task] * b.double() @ a.double()
-            for task in model.peft_config
-            for a, b in [matrices_of(layer, task)]
-        ]
-    ).sum(0)
+    name, layer = next(iter(model.base_model.lora_layers().items()))
+    parts = [(layer.scaling[task], layer.lora_B[task].weight, layer.lora_A[task].weight) for task in model.peft_config]
+    delta = sum(scale * B.detach().double() @ A.detach().double() for scale, B, A in parts)
     down, up = (weights[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-    # alpha / r = 3, folded into B: bfloat16 rounds it, and the README says by how much
-    error = float(torch.linalg.matrix_norm(up @ down - delta.detach()) / torch.linalg.matrix_norm(delta.detach()))
+    # alpha / r = 3, folded into B: bfloat16 rounds it, and the README tells by how much
+    error = float(torch.linalg.matrix_norm(up @ down - delta) / torch.linalg.matrix_norm(delta))
     assert error < (1e-7 if dtype == torch.float32 else 2**-8)
     stated = re.search(r"norm: (\S+) over all weights", (tmp_path / "README.md").read_text())
-    assert stated is not None
-    assert (float(stated[1]) > 1e-4) == (error > 1e-4)
-    assert logits(stock).dtype == torch.bfloat16
+    assert stated is not None and (float(stated[1]) > 1e-4) == (error > 1e-4)
 
 
 def test_head_of_the_last_task(tmp_path: Path) -> None:
@@ -278,156 +194,190 @@ def test_head_of_the_last_task(tmp_path: Path) -> None:
 
 
 def test_convolutions(tmp_path: Path) -> None:
-    """A convolution's matrices have kernels; the SVD takes them flattened."""
-
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            torch.manual_seed(0)
             self.conv = torch.nn.Conv2d(3, 5, 3, padding=1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.conv(x)
 
-    from peft_aso import ASOLoraConfig
-    from tests.chain.chains import randomize
-
-    torch.manual_seed(0)
-    base = Net()
-    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    model: Any = get_peft_model(base, ASOLoraConfig(r=2, lora_alpha=6, target_modules=["conv"]), "first")
-    model.add_adapter("second", ASOLoraConfig(r=3, target_modules=["conv"]))
-    model.set_adapter("second")
-    for name in ("first", "second"):
-        randomize(model, name)
-    export_lora(model, tmp_path / "exact")
-    export_lora(model, tmp_path / "short", max_rank=4)
+    model = add(add(Net(), "first", r=2, target_modules=["conv"]), "second", r=3, target_modules=["conv"])
     x = torch.randn(2, 3, 6, 6)
-    fresh = Net()
-    fresh.load_state_dict(state)
-    stock = PeftModel.from_pretrained(fresh, str(tmp_path / "exact")).eval()
-    torch.testing.assert_close(stock(x), model.eval()(x), rtol=1e-5, atol=1e-5)
-    assert load_file(tmp_path / "short" / SAFETENSORS_WEIGHTS_NAME)["base_model.model.conv.lora_A.weight"].shape == (
-        4,
-        3,
-        3,
-        3,
-    )
+    stock = PeftModel.from_pretrained(Net(), str(export_lora(model, tmp_path / "exact"))).eval()
+    torch.testing.assert_close(stock(x), model(x), rtol=1e-5, atol=1e-5)
+    weights = load_file(export_lora(model, tmp_path / "short", max_rank=4) / SAFETENSORS_WEIGHTS_NAME)
+    assert weights["base_model.model.conv.lora_A.weight"].shape == (4, 3, 3, 3)
 
 
-# ---- what is refused ------------------------------------------------------------------------------------
+def test_a_registered_merge_is_what_is_exported(tmp_path: Path) -> None:
+    @register_merge("half of the sum")
+    def half(updates: Any) -> LowRank:
+        return sum_updates(updates)._replace(scale=0.5)
+
+    try:
+        model = make_chain(tasks={"first": {}, "second": {"merge": "half of the sum"}})
+        stock = load_stock("llama", export_lora(model, tmp_path / "lora"))
+        merged = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "merged"))
+    finally:
+        del MERGES["half of the sum"]
+    torch.testing.assert_close(logits(stock), logits(merged), rtol=1e-4, atol=1e-4)
+    name, layer = next(iter(model.base_model.lora_layers().items()))
+    expected = layer.get_base_layer().weight + delta_of(layer, ["first", "second"]).float() / 2
+    torch.testing.assert_close(merged.get_submodule(name).weight, expected)
+
+
+NAMES = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj", "x.h.0.mlp.c_proj", "head"]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("wanted", "expected"),
     [
-        ({"tasks": ["fourth"]}, r"tasks=\['fourth'\]: give each task once.*'first', 'second', 'third'"),
-        ({"tasks": []}, "give each task once"),
-        ({"tasks": ["first", "first"]}, "give each task once"),
-        ({"max_rank": 0}, "max_rank=0 must be a whole number"),
-        ({"max_rank": 2.5}, "max_rank=2.5 must be a whole number"),
-        ({"dtype": torch.int8}, "torch.int8 is not a floating point type"),
+        (["h.0.attn.c_proj", "h.1.attn.c_proj"], ["attn.c_proj"]),
+        ([name for name in NAMES if "c_proj" in name], ["c_proj"]),
+        (["h.1.mlp.c_proj", "head"], ["1.mlp.c_proj", "head"]),
+        (["x.h.0.mlp.c_proj"], ["x.h.0.mlp.c_proj"]),
+        # a full name that is the ending of another one: only an expression tells them apart
+        (["h.0.mlp.c_proj"], r"h\.0\.mlp\.c_proj"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ChainError, match=message):
-        export_lora(make_chain(), tmp_path / "served", **options)
-    assert not (tmp_path / "served").exists()
+def test_target_modules_match_just_the_wanted_modules(wanted: list[str], expected: list[str] | str) -> None:
+    assert exact_targets(wanted, ["", *NAMES], LoraConfig()) == expected
+    with pytest.raises(ChainError, match=r"adapter on head, .*modules_to_save=\['head'\]"):
+        exact_targets(["head", "h.1.mlp.c_proj"], NAMES, LoraConfig(modules_to_save=["head"]))
 
 
-def test_only_our_models(tmp_path: Path) -> None:
-    for model in (tiny("llama"), get_peft_model(tiny("llama"), LoraConfig(**settings("llama")))):
-        with pytest.raises(ChainError, match="needs a PeftModel with ASO_LORA"):
-            export_lora(model, tmp_path)
+# ---- one merged model -------------------------------------------------------------------------------------------
+
+CLASSES: dict[str, Any] = {
+    "llama": AutoModelForCausalLM,
+    "gpt2": AutoModelForCausalLM,
+    "t5": AutoModelForSeq2SeqLM,
+    "bert": AutoModelForSequenceClassification,
+}
 
 
-def test_dora_alone_is_no_lora(tmp_path: Path) -> None:
-    model = make_chain(tasks={"first": {"use_dora": True}})
-    with pytest.raises(ChainError, match="'first' cannot be part of a stock LoRA adapter: .*DoRA"):
-        export_lora(model, tmp_path)
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_a_merged_model_has_the_logits_of_the_chain(tmp_path: Path, architecture: str) -> None:
+    model = make_chain(architecture)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = export_merged(model, tmp_path / "out", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1, "in shards"
+    for expected in (logits(model), logits(model.merge_and_unload())):
+        found = CLASSES[architecture].from_pretrained(folder)
+        torch.testing.assert_close(logits(found), expected, atol=1e-4, rtol=1e-4)
+    again = make_chain(architecture)
+    export_merged(again, folder, tasks=["third"])  # no shards now
+    assert len(list(folder.glob("*.safetensors*"))) == 1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items()), "not touched"
+    with again.base_model.only("third"):
+        found = CLASSES[architecture].from_pretrained(folder)
+        torch.testing.assert_close(logits(found), logits(again), atol=1e-4, rtol=1e-4)
 
 
-def test_missing_history(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_a_half_precision_base_is_rounded_once(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    model = make_chain(tasks={"first": {}, "second": {"r": 3, "lora_alpha": 4}, "third": {}})
+    model.base_model.model.to(torch.bfloat16)
+    folder = export_merged(model, tmp_path, tasks=["first", "third"], dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {dtype or torch.bfloat16}
+    for name, layer in model.base_model.lora_layers().items():
+        exact = layer.get_base_layer().weight.detach().double()
+        for task in ("first", "third"):
+            A, B = layer.lora_A[task].weight.detach().double(), layer.lora_B[task].weight.detach().double()
+            exact = exact + layer.scaling[task] * B @ A
+        expected = exact.float().to(dtype or torch.bfloat16)
+        torch.testing.assert_close(loaded.get_submodule(name).weight, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_tied_weights_of_which_one_was_adapted_come_apart(tmp_path: Path) -> None:
+    for targets, tied in ((["q_proj"], True), (["embed_tokens"], False)):
+        model = make_chain(tasks={"first": {"target_modules": targets}}, tie_word_embeddings=True)
+        folder = export_merged(model, tmp_path / str(tied))
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == tied
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+
+
+# ---- what is refused, with nothing written ----------------------------------------------------------------------
+
+
+@EXPORTS
+def test_what_cannot_be_exported(tmp_path: Path, export: Any) -> None:
+    no_ours, both = "needs a PeftModel with ASO_LORA", {"lora_bias": True}
+    head: Tasks = {"first": {"target_modules": ["gate_proj"]}, "second": {"modules_to_save": ["mlp"]}}
+    bias = make_chain(tasks={"first": both, "second": {"target_modules": ["embed_tokens"]}}, attention_bias=True)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (tiny("llama"), {}, no_ours),
+        (get_peft_model(tiny("llama"), LoraConfig(**settings())), {}, no_ours),
+        (make_chain(tasks={"first": {"use_dora": True}}), {}, "'first' cannot be part of the sum: .*DoRA"),
+        (bias, {}, "lora_bias and model.embed_tokens is an embedding"),
+        (make_chain(), {"tasks": ["fourth"]}, r"give each task once.*'first', 'second', 'third'"),
+        (make_chain(), {"tasks": []}, "give each task once"),
+        (make_chain(), {"tasks": ["first", "first"]}, "give each task once"),
+        (make_chain(), {"dtype": torch.int8}, "torch.int8 is not a floating point type"),
+    ]
+    if export is export_lora:
+        cases += [(make_chain(), {"max_rank": rank}, f"max_rank={rank} must be a whole") for rank in (0, 2.5)]
+        cases.append((make_chain(tasks=head), {}, "modules_to_save=.*'mlp'"))
+    else:
+        merged = make_chain()
+        merged.merge_adapter()
+        cases.append((merged, {}, r"merged into .* already. Call model.unmerge_adapter\(\) first"))
+    for value, dtype in ((float("nan"), None), (1e9, torch.float16)):
+        model = make_chain()
+        with torch.no_grad():
+            model.base_model.lora_layers()["model.layers.1.self_attn.q_proj"].lora_A["first"].weight[0, 0] = value
+        cases.append((model, {"dtype": dtype}, "model.layers.1.self_attn.q_proj.* NaN or Inf.*torch.float32"))
+    for model, options, message in cases:
+        with pytest.raises(ChainError, match=message):
+            export(model, tmp_path / "out", **options)
     make_chain().save_pretrained(str(tmp_path / "chain"))
     with pytest.warns(UserWarning, match="does not hold yet"):
         model = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "chain" / "second"))
     with pytest.raises((MissingHistoryError, HistoryError), match="'first'"):
-        export_lora(model, tmp_path / "served")
-    export_lora(model, tmp_path / "alone", tasks=["second"])
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(model, tmp_path / "alone", tasks=["second"])
 
 
-def test_not_into_a_chain(tmp_path: Path) -> None:
+@EXPORTS
+def test_folders_of_somebody_else(tmp_path: Path, export: Any) -> None:
     model = make_chain()
-    save_chain(model, tmp_path / "ours")
-    make_chain(tasks={"default": {}}).save_pretrained(str(tmp_path / "pefts"))
-    for name in ("ours", "pefts"):
-        with pytest.raises(ChainError, match="holds a chain of tasks or another adapter"):
-            export_lora(model, tmp_path / name)
-    load_chain(tiny("llama"), tmp_path / "ours")
-
-
-def test_nan_is_not_written(tmp_path: Path) -> None:
-    model = make_chain()
-    layer = model.base_model.lora_layers()["model.layers.1.self_attn.q_proj"]
-    with torch.no_grad():
-        layer.lora_A["first"].weight[0, 0] = float("nan")
-    with pytest.raises(ChainError, match="model.layers.1.self_attn.q_proj hold NaN or Inf"):
-        export_lora(model, tmp_path / "served")
-    with torch.no_grad():
-        layer.lora_A["first"].weight[0, 0] = 1e6
-    with pytest.raises(ChainError, match="too large for that type.*torch.float32"):
-        export_lora(model, tmp_path / "served", dtype=torch.float16)
-    assert not (tmp_path / "served").exists()
-
-
-def test_lora_bias_beside_an_embedding(tmp_path: Path) -> None:
-    tasks: dict[str, dict[str, Any]] = {
-        "first": {"lora_bias": True},
-        "second": {"target_modules": ["embed_tokens"]},
-    }
-    model = make_chain(tasks=tasks, attention_bias=True)
-    with pytest.raises(ChainError, match="lora_bias and model.embed_tokens is an embedding"):
-        export_lora(model, tmp_path)
-
-
-def test_module_within_a_saved_head(tmp_path: Path) -> None:
-    """One task trains a LoRA on what another saves as a whole: no stock adapter can hold both."""
-    model = make_chain(tasks={"first": {"target_modules": ["gate_proj"]}, "second": {"modules_to_save": ["mlp"]}})
-    with pytest.raises(ChainError, match="modules_to_save=.*'mlp'"):
-        export_lora(model, tmp_path)
-
-
-def test_failure_keeps_the_old_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_lora(make_chain(seed=1), tmp_path / "served")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "served").iterdir()}
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(export, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        export_lora(make_chain(seed=2), tmp_path / "served")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "served").iterdir()} == before
-    assert os.listdir(tmp_path) == ["served"]
-    monkeypatch.undo()
-    model = make_chain(seed=2)
-    export_lora(model, tmp_path / "served")
-    torch.testing.assert_close(logits(load_stock("llama", tmp_path / "served")), logits(model), rtol=1e-5, atol=1e-5)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ChainError, match="is a file"):
-        export_lora(model, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_not_into_a_model_and_not_over_a_readme_of_somebody(tmp_path: Path) -> None:
-    model = make_chain()
+    save_chain(model, tmp_path / "chain")
+    make_chain(tasks={"default": {}}).save_pretrained(str(tmp_path / "adapter"))
     tiny("llama").save_pretrained(tmp_path / "model")
-    with pytest.raises(ChainError, match="holds a model"):
-        export_lora(model, tmp_path / "model")
+    for name in ("chain", "adapter", "model"):
+        before = sorted((path, path.read_bytes()) for path in (tmp_path / name).rglob("*") if path.is_file())
+        with pytest.raises(ChainError, match="holds a chain, an adapter or a model"):
+            export(model, tmp_path / name)
+        assert sorted((path, path.read_bytes()) for path in (tmp_path / name).rglob("*") if path.is_file()) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(ChainError, match="is a file"):
+        export(model, tmp_path / "file")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("# Mine")
-    export_lora(model, tmp_path / "notes")
+    export(model, tmp_path / "notes")
     assert (tmp_path / "notes" / "README.md").read_text() == "# Mine"
-    readme = export_lora(model, tmp_path / "out") / "README.md"
-    assert "rank 6" in readme.read_text()
-    export_lora(model, tmp_path / "out", max_rank=2)
-    assert "rank 2" in readme.read_text()
+
+
+@EXPORTS
+def test_an_error_leaves_the_old_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Any) -> None:
+    folder = export(make_chain(seed=1), tmp_path / "served")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        export(make_chain(seed=2), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    model = make_chain(seed=2)
+    export(model, folder)
+    assert {path.name for path in folder.iterdir()} == set(before)
+    is_lora = export is export_lora
+    loaded = load_stock("llama", folder) if is_lora else AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)

@@ -1,60 +1,54 @@
-"""What attribution cannot read is said before the first step: as an error where psi needs it, else as one warning."""
+"""When attribution runs, on which examples, and what happens where it cannot read the task."""
 
 from __future__ import annotations
 
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from torch.utils.data import Dataset
-from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainerCallback,
-)
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+from transformers import AlbertConfig, AlbertForSequenceClassification, TrainerCallback
 
-from peft_aso import ASOLoraConfig, ASOTrainer, ASOTrainerMixin, AttributionConfig
+from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, update_coefficients
+from peft_aso.training.callback import choose_probe
 from tests.tiny_models import tiny
-from tests.training.test_sft import tokenizer
-from tests.training.tools import QUICK, arguments, chain, largest_difference, weights
+from tests.training.tools import QUICK, TinyTask, arguments, chain, train
 
 
-class Rows(Dataset):  # type: ignore[type-arg]
-    def __init__(self, rows: list[dict[str, torch.Tensor]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.rows[index]
-
-
-def rows(length: int = 10, prompt: int = 0, labels: Any = None) -> Rows:
+def rows(length: int = 10, prompt: int = 0, labels: Any = None) -> list[dict[str, torch.Tensor]]:
     """Examples whose labels are the tokens after the prompt, or what `labels` makes of the tokens."""
     found = []
     for ids in torch.randint(3, 64, (8, length)):
-        answer = ids.clone() if labels is None else labels(ids)
-        if labels is None:
-            answer[:prompt] = -100
+        answer = torch.where(torch.arange(length) < prompt, -100, ids) if labels is None else labels(ids)
         found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": answer})
-    return Rows(found)
+    return found
 
 
-def first(name: str = "llama", attribution: AttributionConfig = QUICK, **settings: Any) -> Any:
-    targets = {"mixtral": ["q_proj", "v_proj"]}.get(name)
-    kind = None if name == "bert" else "CAUSAL_LM"
-    config = ASOLoraConfig(r=2, task_type=kind, target_modules=targets, attribution=attribution)
-    return get_peft_model(tiny(name, max_position_embeddings=128, **settings), config, adapter_name="first")
+def first(base: Any = None, kind: str | None = "CAUSAL_LM", attribution: AttributionConfig = QUICK) -> Any:
+    base = tiny("llama", max_position_embeddings=128) if base is None else base
+    targets = ["query", "value"] if kind != "CAUSAL_LM" else ["q_proj", "v_proj"]
+    settings = ASOLoraConfig(r=2, task_type=kind, target_modules=targets, attribution=attribution)
+    return get_peft_model(base, settings, adapter_name="first")
 
 
-def said(trainer: Any) -> list[str]:
+def second(model: Any, **settings: Any) -> Any:
+    targets = list(model.peft_config["first"].target_modules)
+    model.add_adapter("second", ASOLoraConfig(r=2, target_modules=targets, **settings))
+    model.set_adapter("second")
+    return model
+
+
+def trainer_of(model: Any, folder: Path, data: Any, **settings: Any) -> ASOTrainer:
+    return ASOTrainer(model=model, args=arguments(folder, max_steps=2), train_dataset=data, **settings)
+
+
+def warned(trainer: ASOTrainer) -> list[str]:
     """The training's warnings about attribution."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -62,90 +56,96 @@ def said(trainer: Any) -> list[str]:
     return [str(each.message) for each in caught if "attribution" in str(each.message)]
 
 
+# ---- when --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("refresh", "steps"), [(0, [0]), (2, [0, 2]), (0.25, [0, 1, 2, 3])])
+def test_psi_is_updated_before_the_first_step_and_every_refresh(tmp_path: Path, refresh: float, steps: Any) -> None:
+    psi: list[float] = []
+
+    class Record(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            psi.append(kwargs["model"].base_model.soft_coefficients["first"])
+
+    train(chain(attribution=replace(QUICK, refresh=refresh)), tmp_path, more={"callbacks": [Record()]})
+    assert psi[0] == pytest.approx(0.0, abs=1e-6), "B = 0: the model of the first task"
+    assert [0, *(step for step in range(1, 4) if psi[step] != psi[step - 1])] == steps
+
+
+def test_lambda_zero_and_similarity_none_leave_psi_at_one(tmp_path: Path) -> None:
+    free, hard = chain(penalty_weight=0.0), chain(penalty="l1", attribution=AttributionConfig(similarity="none"))
+    train(free, tmp_path)
+    log = train(hard, tmp_path).state.log_history
+    assert free.base_model.soft_coefficients == hard.base_model.soft_coefficients == {"first": 1.0}
+    assert log[0]["orthogonality_penalty"] > 0
+    assert set(free.base_model.attribution) == {"second"} and not hard.base_model.attribution
+
+
+def test_the_stored_vector_is_the_mean_over_the_probe(tmp_path: Path) -> None:
+    model, data = chain(), TinyTask(tiny("llama"))
+    train(model, tmp_path, data, max_steps=2)
+    vector = model.base_model.attribution["second"]
+    mean = update_coefficients(model, choose_probe(DataLoader(data), 4, seed=3)).vector.mean_vector()
+    torch.testing.assert_close(vector, mean.cpu(), rtol=1e-3, atol=1e-6 * mean.abs().max().item())
+    assert vector.shape == (model.peft_config["second"].attribution_layout[-1][2],)
+
+
+# ---- what attribution cannot read --------------------------------------------------------------------------------
+
+
+def albert() -> Any:
+    """A model that runs its feed-forward layer several times."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "embedding_size": 8, "num_attention_heads": 2, "num_labels": 3}
+    config = AlbertConfig(**sizes, num_hidden_layers=2, intermediate_size=24, max_position_embeddings=64)
+    return first(AlbertForSequenceClassification(config), "SEQ_CLS")
+
+
 UNREADABLE = {
-    "long answers": (lambda: (first(), rows(90, 10)), "more than max_answer_tokens=64"),
-    "labels on the prompt": (lambda: (first(), rows()), "labels on every token"),
-    "experts": (lambda: (first("mixtral"), rows(10, 7)), "mixture of experts"),
-    "regression": (lambda: (first("bert", num_labels=1), rows(labels=lambda _: torch.rand(()))), "a regression"),
-    "no such stack": (lambda: (first(attribution=replace(QUICK, stacks="decoder")), rows(10, 7)), "stacks='all'"),
-}
+    "long answers": (first, lambda: rows(90, 10), "max_answer_tokens=64"),
+    "labels on the prompt": (first, rows, "labels on every token"),
+    "experts": (lambda: first(tiny("mixtral")), lambda: rows(10, 7), "mixture of experts"),
+    "a regression": (
+        lambda: first(tiny("bert", num_labels=1), None), lambda: rows(labels=lambda _: torch.rand(())), "regression"
+    ),
+    "no such stack": (lambda: first(attribution=replace(QUICK, stacks="decoder")), lambda: rows(10, 7), "stack"),
+    "a layer that runs twice": (albert, lambda: rows(labels=lambda ids: ids[0] % 3), "2 times"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_a_task_that_attribution_cannot_read_is_trained_with_one_warning(tmp_path: Path, case: str) -> None:
-    make, reason = UNREADABLE[case]
-    model, data = make()
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=data)
-    (message,) = said(trainer)
-    assert "No attribution vector is stored with 'first'" in message and reason in message
-    assert "source='stored'" in message and "max_answer_tokens" in message
-    assert trainer.state.global_step == 2 and model.base_model.attribution == {}
-
-
-def test_a_later_task_that_needs_the_vector_says_why_it_is_missing(tmp_path: Path) -> None:
-    model = first()
-    said(ASOTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows()))
-    model.add_adapter("second", ASOLoraConfig(r=2, attribution=replace(QUICK, source="stored")))
-    model.set_adapter("second")
-    second = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=rows(10, 7))
-    with pytest.raises(ValueError, match="'first' has none.*could not read"):
-        second.train()
-
-
-@pytest.mark.parametrize(("weight", "raises"), [(0.0, False), (0.05, True)])
-@pytest.mark.parametrize("source", ["current", "stored"])
-def test_the_error_comes_first_where_a_psi_needs_the_vector(
-    tmp_path: Path, weight: float, raises: bool, source: str
+def test_an_unreadable_task_is_trained_with_a_warning_where_nothing_needs_attribution(
+    tmp_path: Path, case: str
 ) -> None:
-    model = chain(penalty_weight=weight, attribution=replace(QUICK, source=source))
-    before = weights(model, "second")
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=rows())
-    if raises or source == "stored":
-        with pytest.raises(ValueError, match="labels on every token"):
-            trainer.train()
-        assert trainer.state.global_step == 0
-        assert largest_difference(before, weights(model, "second")) == 0
-    else:
-        assert len(said(trainer)) == 1 and trainer.state.global_step == 2
+    """And refused before its first step where psi does."""
+    make, data, reason = UNREADABLE[case]
+    model, data = make(), data()
+    trainer = trainer_of(model, tmp_path, data)
+    message = warned(trainer)[-1]
+    assert "No attribution vector is stored with 'first'" in message and reason in message
+    assert trainer.state.global_step == 2 and model.base_model.attribution == {}
+    trainer = trainer_of(second(model, attribution=model.peft_config["first"].attribution), tmp_path, data)
+    with pytest.raises(ValueError, match=f"{reason}.*similarity='none'.*penalty_weight=0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
-def test_a_resumed_run_is_refused_before_its_next_step_as_well(tmp_path: Path) -> None:
-    options = dict(max_steps=6, save_strategy="steps", save_steps=2)
-    model = chain(attribution=replace(QUICK, refresh=5))
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=rows(10, 7))
-    trainer.train()
-    for step in (4, 6):
-        (tmp_path / f"checkpoint-{step}").rename(tmp_path / f"gone-{step}")
-    resumed = ASOTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=rows())
-    with pytest.raises(ValueError, match="labels on every token"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.state.global_step == 2
-
-
-def test_without_attribution_nothing_is_said(tmp_path: Path) -> None:
-    model = first(attribution=replace(QUICK, similarity="none"))
-    assert said(ASOTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows())) == []
-    readable = first()
-    assert said(ASOTrainer(model=readable, args=arguments(tmp_path, max_steps=1), train_dataset=rows(10, 7))) == []
-    assert readable.base_model.attribution["first"].any()
-
-
-def test_a_first_task_may_have_no_labels_at_all(tmp_path: Path) -> None:
-    class Energy(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(**inputs)
-            return (outputs.logits.square().mean(), outputs) if return_outputs else outputs.logits.square().mean()
-
-    class Own(ASOTrainerMixin, Energy):
-        pass
-
-    data = Rows([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows().rows])
+def test_a_readable_task_gives_no_warning_and_stored_vectors_are_needed(tmp_path: Path) -> None:
     model = first()
-    (message,) = said(Own(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=data))
-    assert "have no `labels`" in message and ".." not in message
+    assert warned(trainer_of(model, tmp_path, rows(10, 7))) == []
+    model.base_model.attribution.clear()
+    stored = second(model, attribution=replace(QUICK, source="stored"))
+    with pytest.raises(ValueError, match="'first' has none.*could not read"):
+        trainer_of(stored, tmp_path, rows(10, 7)).train()
+    model.peft_config["second"].penalty_weight = 0.0
+    with pytest.raises(ValueError, match="labels on every token"):
+        trainer_of(stored, tmp_path, rows()).train()
+    model.peft_config["second"].attribution = QUICK
+    assert len(warned(trainer_of(stored, tmp_path, rows()))) == 1
+    model.peft_config["second"].attribution = replace(QUICK, similarity="none")
+    assert warned(trainer_of(stored, tmp_path, rows())) == []
 
 
-def test_a_run_that_diverged_ends_as_any_other_with_a_warning(tmp_path: Path) -> None:
+def test_a_run_that_diverged_ends_with_a_warning(tmp_path: Path) -> None:
     class Diverges(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for name, parameter in kwargs["model"].named_parameters():
@@ -153,67 +153,77 @@ def test_a_run_that_diverged_ends_as_any_other_with_a_warning(tmp_path: Path) ->
                     parameter.data.fill_(torch.nan)
 
     model = first()
-    options = arguments(tmp_path, max_steps=2)
-    trainer = ASOTrainer(model=model, args=options, train_dataset=rows(10, 7), callbacks=[Diverges()])
-    (message,) = said(trainer)
-    assert "No attribution vector is stored with 'first'" in message and "NaN or Inf" in message
-    assert trainer.state.global_step == 2 and model.base_model.attribution == {}
+    (message,) = warned(trainer_of(model, tmp_path, rows(10, 7), callbacks=[Diverges()]))
+    assert "No attribution vector is stored with 'first'" in message and model.base_model.attribution == {}
 
 
-def albert() -> Any:
-    """A model that runs its feed-forward layer several times, of which attribution knows only when it tries."""
-    config = AlbertConfig(
-        vocab_size=64, hidden_size=16, embedding_size=8, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=64, num_labels=3, pad_token_id=0,
-    )  # fmt: skip
-    settings = ASOLoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query", "value"], attribution=QUICK)
-    return get_peft_model(AlbertForSequenceClassification(config), settings, adapter_name="first")
+# ---- the probe ---------------------------------------------------------------------------------------------------
 
 
-def without_embeddings() -> Any:
-    """A model that cannot say what its embeddings are, as those of speech and of pictures."""
-    model = first()
-
-    def unknown() -> Any:
-        raise NotImplementedError("get_input_embeddings not auto-handled")
-
-    model.get_base_model().get_input_embeddings = unknown
-    return model
+def probe(data: Any, size: int, seed: int = 0, collate: Any = default_collate) -> list[dict[str, Any]]:
+    return choose_probe(DataLoader(data, batch_size=4, collate_fn=collate), size, seed)
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"), [(albert, "ran 2 times in one forward pass"), (without_embeddings, "not auto-handled")]
-)
-def test_a_model_that_attribution_cannot_run_is_found_out_before_the_first_step(
-    tmp_path: Path, make: Any, reason: str
-) -> None:
-    model = make()
-    data = rows(10, 7) if make is without_embeddings else rows(labels=lambda ids: ids[0] % 3)
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=data)
-    message = said(trainer)[-1]  # where there is a fast way, one that says why not that one comes first
-    assert "No attribution vector is stored with 'first'" in message and reason in message
-    assert trainer.state.global_step == 2
-    model.add_adapter("second", ASOLoraConfig(r=2, target_modules=list(model.peft_config["first"].target_modules)))
-    model.set_adapter("second")
-    second = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
-    with pytest.raises(ValueError, match=f"{reason}.*similarity='none'.*penalty_weight=0"):
-        second.train()
-    assert second.state.global_step == 0
+def test_same_seed_same_probe_and_no_random_number_is_used_up() -> None:
+    data = TinyTask(tiny("llama"), size=30)
+
+    def collate(examples: Any) -> Any:
+        torch.rand(3), np.random.rand(), random.random()
+        return default_collate(examples)
+
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    one, again, other = probe(data, 10, 1, collate), probe(data, 10, 1), probe(data, 10, 2)
+    assert [len(batch["labels"]) for batch in one] == [8, 2]
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0]["input_ids"], other[0]["input_ids"])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_masked_language_models_are_trained_on_short_texts(tmp_path: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    config = dict(r=2, attribution=replace(QUICK, probe_size=8), target_modules=["query", "value"])
-    model = get_peft_model(tiny("bert_mlm"), ASOLoraConfig(**config), adapter_name="first")
-    model.add_adapter("second", ASOLoraConfig(**config))
-    model.set_adapter("second")
-    words = tokenizer()
-    words.add_special_tokens({"mask_token": "<mask>"})
-    data = Rows([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows(8).rows * 4])
-    trainer = ASOTrainer(
-        model=model, args=arguments(tmp_path, max_steps=1, seed=seed), train_dataset=data,
-        data_collator=DataCollatorForLanguageModeling(words),
-    )  # fmt: skip
-    trainer.train()
-    assert model.base_model.attribution["second"].any()
+def test_examples_without_answer_are_passed_over_and_none_at_all_is_an_error(tmp_path: Path) -> None:
+    data = TinyTask(tiny("llama"), size=12)
+    data.batch["labels"][:9] = -100
+    (batch,) = probe(data, 8)
+    assert len(batch["labels"]) == 3 and ((batch["labels"] != -100).sum(1) > 0).all()
+    data.batch["labels"][:] = -100
+    trainer = trainer_of(first(), tmp_path, data)
+    with pytest.raises(ValueError, match="all labels are -100"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    del data.batch["labels"]
+    with pytest.raises(ValueError, match="have no `labels`"):
+        probe(data, 4)
+
+
+def test_a_stream_gives_its_first_examples_and_stays_open() -> None:
+    data = TinyTask(tiny("llama"), size=8)
+
+    class Once(IterableDataset):
+        rows = (data[index] for index in range(len(data)))
+
+        def __iter__(self) -> Any:
+            return self.rows
+
+    stream = Once()
+    (batch,) = probe(stream, 4)
+    assert torch.equal(batch["input_ids"], data.batch["input_ids"][:4]) and len(list(stream)) == 4
+
+
+@pytest.mark.parametrize("width", [5, 20])
+def test_a_collator_that_draws_the_answers_leaves_no_row_without_one(width: int, fresh_seed: int) -> None:
+    """Masked language modelling at 15%: a row that had an answer alone may have none in its batch."""
+
+    def masked(examples: list[torch.Tensor]) -> dict[str, Any]:
+        ids = torch.stack(examples)
+        labels = torch.where(torch.rand(ids.shape) < 0.15, ids, -100)
+        return {"input_ids": ids, "labels": labels, "scale": torch.tensor(2.0), "weights": torch.ones(9), "text": "x"}
+
+    data, seed = torch.arange(100)[:, None].expand(100, width), fresh_seed % 1000
+    one, again = probe(data, 12, seed, masked), probe(data, 12, seed, masked)
+    ids = torch.cat([batch["input_ids"] for batch in one])
+    assert len(ids) == 12 and len(ids[:, 0].unique()) == 12
+    for batch, same in zip(one, again, strict=True):
+        answers = batch["labels"] != -100
+        assert answers.any(1).all() and torch.equal(batch["labels"][answers], batch["input_ids"][answers])
+        assert torch.equal(batch["labels"], same["labels"])
+        assert batch["scale"] == 2 and len(batch["weights"]) == 9 and batch["text"] == "x"

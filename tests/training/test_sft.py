@@ -1,155 +1,92 @@
-"""`ASOSFTTrainer` on TRL's kinds of data, against the penalty and TRL's own loss."""
+"""`ASOSFTTrainer` on TRL's kinds of data, against the penalty and TRL's own trainer."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-import torch
 import trl
-from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import peft_aso
 from peft_aso import ASOLoraConfig, AttributionConfig
 from tests.tiny_models import tiny
+from tests.training import tools
+from tests.training.tools import tokenizer, weights
 
-WORDS = ["what", "is", "the", "sky", "grass", "blue", "green", "user", "assistant", ":", "yes", "no"]
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }} : "
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s> {% endgeneration %}"
-    "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
+PAIRS = [("what is the sky", "blue"), ("what is the grass", "green yes"), ("the sky is the sky", "yes")] * 2
 
 
-def tokenizer() -> Any:
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    found = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=found, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT
-    )
-
-
-def data(kind: str) -> Any:
-    pairs = [("what is the sky", "blue"), ("what is the grass", "green yes"), ("the sky is the sky", "yes")] * 2
+def data(kind: str = "text") -> Any:
     if kind == "text":
-        rows = [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in pairs]
-    else:
-        rows = [
-            {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": a}]}
-            for p, a in pairs
-        ]
+        return datasets.Dataset.from_list([{"prompt": prompt, "completion": f" {a}"} for prompt, a in PAIRS])
+    speak = lambda role, words: [{"role": role, "content": words}]  # noqa: E731
+    rows = [{"prompt": speak("user", prompt), "completion": speak("assistant", answer)} for prompt, answer in PAIRS]
     return datasets.Dataset.from_list(rows)
 
 
-def chain(**attribution: Any) -> Any:
-    """Two tasks, the first random; the second is about to be trained."""
-    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "penalty_weight": 0.5}
-    config = AttributionConfig(steps=4, probe_size=2, **attribution)
-    model = get_peft_model(tiny("llama"), ASOLoraConfig(**settings, attribution=config), adapter_name="first")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    model.add_adapter("second", ASOLoraConfig(**settings, attribution=config))
-    model.set_adapter("second")
-    return model
+def chain(**settings: Any) -> Any:
+    return tools.chain(**{"penalty_weight": 0.5, "attribution": AttributionConfig(steps=4, probe_size=2), **settings})
 
 
-def arguments(folder: Path, **more: Any) -> Any:
-    return trl.SFTConfig(
+def trainer_of(model: Any, folder: Path, rows: Any, kind: Any = None, **settings: Any) -> Any:
+    args = trl.SFTConfig(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to=[],
-        save_strategy="no", learning_rate=1e-2, use_cpu=True, bf16=False, gradient_checkpointing=False, **more,
+        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        **{"learning_rate": 1e-2, **settings},
     )  # fmt: skip
+    kind = kind or peft_aso.ASOSFTTrainer
+    return kind(model=model, args=args, train_dataset=rows, processing_class=tokenizer())
 
 
 @pytest.mark.parametrize("kind", ["text", "conversation"])
 def test_a_task_is_trained_on_trls_data(tmp_path: Path, kind: str) -> None:
     model = chain()
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trainer = peft_aso.ASOSFTTrainer(
-        model=model, args=arguments(tmp_path), train_dataset=data(kind), processing_class=tokenizer()
-    )
+    before = weights(model, "first")
+    trainer = trainer_of(model, tmp_path, data(kind))
+    batch = next(iter(trainer.get_train_dataloader()))
+    answers = set(batch["labels"][batch["labels"] != -100].tolist())
+    assert (batch["labels"] == -100).any() and answers <= {1, 8, 9, 13}, "completions and their end"
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "task_loss" in entry]
-    assert len(logs) == 3 and all(entry["orthogonality_penalty"] > 0 for entry in logs[1:])
-    assert set(model.base_model.soft_coefficients) == {"first"}
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved and all(".second." in name for name in moved)
-    assert "second" in model.base_model.attribution
+    assert len(logs) == 3 and all(entry["orthogonality_penalty"] > 0 for entry in logs)
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-4)
+    assert set(model.base_model.soft_coefficients) == {"first"} and "second" in model.base_model.attribution
+    assert tools.distance(before, weights(model, "first")) == 0
+    assert all(value.any() for name, value in weights(model, "second").items() if "lora_B" in name)
 
 
-def test_a_starts_from_the_inputs_of_trls_data(tmp_path: Path) -> None:
-    model = chain()
-    model.peft_config["second"].project_init = "inputs"
-    trainer = peft_aso.ASOSFTTrainer(
-        model=model, args=arguments(tmp_path), train_dataset=data("conversation"), processing_class=tokenizer()
-    )
-    trainer.args.learning_rate = 0.0
-    trainer.train()
-    for layer in model.base_model.lora_layers().values():
-        new, old = layer.lora_A["second"].weight.detach(), layer.lora_A["first"].weight.detach()
-        torch.testing.assert_close(new @ new.T, torch.eye(2), atol=1e-5, rtol=0)
-        assert (new @ old.T).abs().max() < 1e-5
-
-
-def test_the_loss_is_trls_and_the_penalty(tmp_path: Path) -> None:
-    model = chain(similarity="none")
-    stock, ours = (
-        kind(model=model, args=arguments(tmp_path), train_dataset=data("text"), processing_class=tokenizer())
-        for kind in (trl.SFTTrainer, peft_aso.ASOSFTTrainer)
-    )
-    ours.current_gradient_accumulation_steps = stock.current_gradient_accumulation_steps = 1
-    batch = next(iter(ours.get_train_dataloader()))
-    labels = batch["labels"]
-    said = set(labels[labels != -100].tolist())
-    assert (labels == -100).any() and said <= {1, 8, 9, 13}, "completions and their end"
-    model.train()
-    count = (labels[:, 1:] != -100).sum()
-    plain = stock.compute_loss(model, dict(batch), num_items_in_batch=count)
-    loss = ours.compute_loss(model, dict(batch), num_items_in_batch=count)
-    penalty = model.base_model.orthogonality_penalty()
-    assert loss.item() == pytest.approx(plain.item() + 0.5 * penalty.item(), rel=1e-5)
-    calls = []
-    hook = model.register_forward_hook(lambda *_: calls.append(1))
-    ours.compute_loss(model, dict(batch), num_items_in_batch=count)
-    hook.remove()
-    assert len(calls) == 1, "no second pass for outputs that nobody asked for"
-
-
-def test_accumulation_is_trls_and_its_records_hold_the_training_alone(tmp_path: Path) -> None:
-    """Looking at the loss, once a run, is no pass of the training: TRL counts the tokens of those."""
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.0}])
+def test_without_a_penalty_it_is_trls_trainer_bit_for_bit(tmp_path: Path, settings: Any) -> None:
+    """The weights, and TRL's own records: no pass is added to the training's."""
     found = []
     for kind in (trl.SFTTrainer, peft_aso.ASOSFTTrainer):
-        torch.manual_seed(0)
-        model = chain(similarity="none")
-        model.peft_config["second"].penalty_weight = 0.0
-        args = arguments(tmp_path, gradient_accumulation_steps=3, max_grad_norm=0.0)
-        trainer = kind(model=model, args=args, train_dataset=data("text"), processing_class=tokenizer())
+        model = chain(penalty_weight=0.0, attribution=AttributionConfig(similarity="none"))
+        trainer = trainer_of(model, tmp_path, data(), kind, **settings)
         trainer.train()
-        records = [
-            {name: entry[name] for name in ("loss", "num_tokens", "mean_token_accuracy", "entropy")}
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ]
-        trained = [each.detach() for name, each in model.named_parameters() if ".second." in name]
-        found.append((records, trained))
-    assert len(found[0][0]) == 3 and found[0][0] == found[1][0]
-    for stock, ours in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)
-    assert trainer._ignores_item_count is False
+        names = ("loss", "num_tokens", "mean_token_accuracy", "entropy")
+        records = [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
+        found.append((records, weights(model, "second")))
+    (stock, their_weights), (ours, our_weights) = found
+    assert len(ours) == 3 and stock == ours
+    assert tools.distance(their_weights, our_weights) == 0
 
 
-def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
-    given = {"train_dataset": data("text"), "processing_class": tokenizer()}
+def test_packed_data_and_a_peft_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="get_peft_model"):
-        peft_aso.ASOSFTTrainer(tiny("llama"), arguments(tmp_path), peft_config=ASOLoraConfig(r=2), **given)
-    with pytest.raises(ValueError, match="several examples into one row"):
-        peft_aso.ASOSFTTrainer(chain(), arguments(tmp_path, packing=True), **given)
+        peft_aso.ASOSFTTrainer(tiny("llama"), None, peft_config=ASOLoraConfig(r=2), train_dataset=data())
+    for settings in ({"packing": True}, {"padding_free": True}):
+        with pytest.raises(ValueError, match="several examples into one row"):
+            trainer_of(chain(), tmp_path, data(), **settings)
+
+
+def test_without_trl_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(vars(sys.modules["peft_aso.training.trainer"]), "ASOSFTTrainer", raising=False)
+    with pytest.raises(ImportError, match=r"pip install \"peft-aso\[trl\]\""):
+        peft_aso.ASOSFTTrainer  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         peft_aso.Nothing  # noqa: B018

@@ -2,323 +2,283 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback
+from torch.nn.functional import cross_entropy
+from transformers import BertForQuestionAnswering, BertForTokenClassification, Trainer, TrainerCallback
 
-from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionConfig, HistoryError
-from tests.tiny_models import tiny
-from tests.training.tools import (
-    QUICK,
-    TinyTask,
-    arguments,
-    chain,
-    config,
-    largest_difference,
-    randomize,
-    train,
-    weights,
-)
+from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, ASOTrainerMixin, AttributionConfig, HistoryError
+from tests.tiny_models import tiny, tiny_config
+from tests.training.tools import QUICK, TinyTask, arguments, chain, config, distance, randomize, train, weights
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
 
 
-class Kill(TrainerCallback):
-    """Stops the process (as far as the test is concerned) after a number of steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.after:
-            raise KeyboardInterrupt
-
-
-def test_the_first_task_is_plain_lora_bit_for_bit(tmp_path: Path) -> None:
+def test_the_first_task_is_stock_lora_bit_for_bit(tmp_path: Path) -> None:
     results = []
     for settings, trainer_class in ((LoraConfig, Trainer), (ASOLoraConfig, ASOTrainer)):
         torch.manual_seed(5)
         lora = settings(r=4, lora_alpha=8, lora_dropout=0.1, task_type="CAUSAL_LM")
         model = get_peft_model(tiny("llama"), lora, adapter_name="first")
-        trainer = trainer_class(model=model, args=arguments(tmp_path, max_steps=10), train_dataset=TinyTask(model))
-        trainer.train()
-        results.append(weights(model, "first"))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    assert any(value.abs().sum() > 0 for name, value in results[0].items() if "lora_B" in name)
+        trainer = train(model, tmp_path, kind=trainer_class, max_steps=10)
+        logged = [(entry.get("loss"), entry.get("grad_norm")) for entry in trainer.state.log_history]
+        results.append((weights(model, "first"), [*logged, trainer.state.total_flos]))
+    (stock, log), (ours, our_log) = results
+    assert all(torch.equal(stock[name], ours[name]) for name in stock) and log == our_log
+    assert any(value.abs().sum() > 0 for name, value in stock.items() if "lora_B" in name)
 
 
-def test_training_leaves_the_history_bit_for_bit(tmp_path: Path) -> None:
-    model = chain(tasks=("one", "two", "new"), lora_dropout=0.1, l2_weight=0.1)
-    before = {name: weights(model, name) for name in ("one", "two")}
-    started = weights(model, "new")
-    train(model, tmp_path)
-    for name, values in before.items():
-        assert all(torch.equal(values[key], value) for key, value in weights(model, name).items())
-    assert largest_difference(started, weights(model, "new")) > 1e-3
-
-
-def test_the_loss_is_the_task_loss_plus_lambda_times_the_penalty(tmp_path: Path) -> None:
-    model = chain(penalty_weight=3.0, l2_weight=0.25)
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
-    trainer.current_gradient_accumulation_steps = 1
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.train()
-    plain = model(**batch).loss
-    total = trainer.compute_loss(model, batch)
-    tuner = model.base_model
-    expected = plain + 3.0 * tuner.orthogonality_penalty() + 0.25 * tuner.norm_penalty()
-    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert 3.0 * tuner.orthogonality_penalty().item() > 1e-3
-    model.eval()
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(plain.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
 @pytest.mark.parametrize("penalty", ["squared", "l1"])
-def test_gradient_accumulation_changes_nothing(tmp_path: Path, name: str, penalty: str) -> None:
-    kind = ASOSeq2SeqTrainer if name == "t5" else ASOTrainer
+def test_the_loss_is_the_trainers_plus_lambda_times_eq_7_in_training_only(tmp_path: Path, penalty: str) -> None:
+    model = chain(tasks=("one", "two", "new"), penalty=penalty, penalty_weight=3.0, l2_weight=0.25)
+    psi = {"one": 0.5, "two": 1.25}
+    model.base_model.set_soft_coefficients(psi)
+    given = {"model": model, "args": arguments(tmp_path), "train_dataset": TinyTask(model)}
+    stock, ours = Trainer(**given), ASOTrainer(**given)
+    ours.current_gradient_accumulation_steps = 1
+    batch = next(iter(ours.get_train_dataloader()))
+    term = norms = 0.0
+    for layer in model.base_model.lora_layers().values():
+        new = layer.lora_A["new"].weight
+        norms += new.norm().item() + layer.lora_B["new"].weight.norm().item()
+        for task, old_row, new_row in itertools.product(psi, range(4), range(4)):
+            product = psi[task] * (layer.lora_A[task].weight[old_row] @ new[new_row]).item()
+            term += product**2 if penalty == "squared" else abs(product)
+    model.train()
+    loss = stock.compute_loss(model, dict(batch)).item()
+    assert ours.compute_loss(model, dict(batch)).item() == pytest.approx(loss + 3 * term + 0.25 * norms, rel=1e-5)
+    model.eval()
+    assert ours.compute_loss(model, dict(batch)).item() == pytest.approx(stock.compute_loss(model, batch).item())
+
+
+def test_the_history_stays_bit_for_bit_and_the_parts_of_the_loss_are_logged(tmp_path: Path) -> None:
+    model = chain(tasks=("one", "two", "new"), lora_dropout=0.1, penalty_weight=0.5)
+    before = {name: weights(model, name) for name in ("one", "two", "new")}
+    trainer = train(model, tmp_path, logging_steps=2, gradient_accumulation_steps=2)
+    moved = {name: distance(values, weights(model, name)) for name, values in before.items()}
+    assert moved["one"] == moved["two"] == 0 and moved["new"] > 1e-3
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        for task in ("one", "two"):
+            assert entry[f"psi/{task}"] == pytest.approx(1 - entry[f"similarity/{task}"], abs=1e-6)
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5)
+
+
+class Counting(Trainer):
+    """As the documentation of transformers has it: a sum, divided by the count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        total = cross_entropy(outputs.logits.flatten(0, -2), inputs["labels"].flatten(), reduction="sum")
+        return total / (num_items_in_batch if model.training else inputs["labels"].ne(-100).sum())
+
+
+class Popping(Trainer):
+    """The weighted loss of the documentation, which takes the labels out of the inputs and ignores the count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return cross_entropy(model(**inputs).logits, labels, label_smoothing=0.2)
+
+
+class Divided(Popping):
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) / self.current_gradient_accumulation_steps
+
+
+def counted_loss(outputs, labels, num_items_in_batch=None):
+    shifted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return cross_entropy(*shifted, reduction="sum") / num_items_in_batch
+
+
+ACCUMULATED: dict[str, tuple[str, type, dict[str, Any], dict[str, Any]]] = {
+    "counts": ("llama", ASOTrainer, {}, {}),
+    "counts, some micro-batches have no labels": ("llama", ASOTrainer, {}, {}),
+    "ignores the count": ("t5", ASOSeq2SeqTrainer, {}, {}),
+    "has a head": ("bert", ASOTrainer, {}, {}),
+    "label smoothing": ("llama", ASOTrainer, {"label_smoothing_factor": 0.1}, {}),
+    "ignores the count, l1": ("t5", ASOSeq2SeqTrainer, {}, {}),
+    "compute_loss_func": ("llama", ASOTrainer, {}, {"compute_loss_func": counted_loss}),
+    "own loss that counts": ("bert", type("Own", (ASOTrainerMixin, Counting), {}), {}, {}),
+    "own loss that counts, T5": ("t5", type("Own", (ASOTrainerMixin, Counting), {}), {}, {}),
+    "own loss that pops the labels": ("bert", type("Own", (ASOTrainerMixin, Popping), {}), {}, {}),
+    "own loss that divides": ("bert", type("Own", (ASOTrainerMixin, Divided), {}), {}, {}),
+}
+SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "max_steps": 2}
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_gradient_accumulation_changes_nothing(tmp_path: Path, case: str) -> None:
+    name, kind, settings, more = ACCUMULATED[case]
+    penalty = "l1" if "l1" in case else "squared"
     results = []
-    for batch, accumulation in ((8, 1), (2, 4)):
+    for parts in (1, 4):
         model = chain(name, penalty=penalty, penalty_weight=0.5, l2_weight=0.01)
-        train(
-            model,
-            tmp_path,
-            TinyTask(model, size=32),
-            kind,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            optim="sgd",
-            learning_rate=0.05,
-            max_grad_norm=0.0,
-        )
+        data = TinyTask(model, size=32)
+        if "no labels" in case:
+            data.batch["labels"][::2] = -100
+        sizes = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+        train(model, tmp_path, data, kind, more=more, **SGD, **sizes, **settings)
         results.append(weights(model, "second"))
-    fresh = weights(chain(name), "second")
-    assert largest_difference(fresh, results[0]) > 1e-3
-    assert largest_difference(*results) < 1e-5
+    assert distance(weights(chain(name), "second"), results[0]) > 1e-3
+    assert distance(*results) < 1e-5
 
 
-def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
-    settings = dict(attribution=AttributionConfig(steps=2, probe_size=4, refresh=3), lora_dropout=0.1)
-    options = dict(max_steps=8, save_strategy="steps", save_steps=2)
-    whole = chain(tasks=("one", "two", "new"), **settings)
-    train(whole, tmp_path / "whole", **options)
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "bf16", "torch_compile"])
+def test_training_options_give_the_same_weights(tmp_path: Path, option: str) -> None:
+    settings = {"torch_compile_backend": "aot_eager"} if option == "torch_compile" else {}
+    usual, other = chain(lora_dropout=0.0), chain(lora_dropout=0.0)
+    train(usual, tmp_path, max_steps=3, optim="sgd")
+    train(other, tmp_path, max_steps=3, optim="sgd", **{option: True}, **settings)
+    moved = distance(weights(chain(), "second"), weights(usual, "second"))
+    tolerance = 0.1 * moved if option == "bf16" else 1e-5
+    assert moved > 1e-4
+    assert distance(weights(usual, "second"), weights(other, "second")) < tolerance
 
-    killed = chain(tasks=("one", "two", "new"), **settings)
-    trainer = ASOTrainer(model=killed, args=arguments(tmp_path / "cut", **options), train_dataset=TinyTask(killed))
-    trainer.add_callback(Kill(after=5))
+
+@pytest.mark.parametrize("head", [BertForTokenClassification, BertForQuestionAnswering])
+def test_heads_for_tokens_and_spans_are_trained(tmp_path: Path, head: type) -> None:
+    spans = head is BertForQuestionAnswering
+    kind = {"task_type": "QUESTION_ANS" if spans else "TOKEN_CLS", "r": 2, "target_modules": ["query", "value"]}
+    model = get_peft_model(head(tiny_config("bert", num_labels=2)), ASOLoraConfig(**kind), adapter_name="first")
+    randomize(model, "first", seed=1)
+    model.add_adapter("second", ASOLoraConfig(**kind, attribution=AttributionConfig(similarity="none")))
+    model.set_adapter("second")
+    old, before, data = weights(model, "first"), weights(model, "second"), TinyTask(tiny("bert"))
+    label, ids = data.batch.pop("labels") % 2, data.batch["input_ids"]
+    data.batch.update({"start_positions": label, "end_positions": label + 1} if spans else {"labels": ids % 2})
+    trainer = train(model, tmp_path, data)
+    assert all(entry["orthogonality_penalty"] > 0 for entry in trainer.state.log_history[:4])
+    assert distance(old, weights(model, "first")) == 0
+    moved = {name for name, value in weights(model, "second").items() if not torch.equal(value, before[name])}
+    assert any("qa_outputs" in name or "classifier" in name for name in moved) and any("lora_A" in n for n in moved)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+class Kill(TrainerCallback):
+    """Interrupts the run after five steps."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_a_killed_and_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path: Path, granularity: str) -> None:
+    attribution = AttributionConfig(steps=2, probe_size=4, refresh=3, granularity=granularity)
+    tasks = ("one", "two", "new")
+    full, killed, resumed = (chain(tasks=tasks, attribution=attribution, lora_dropout=0.1) for _ in range(3))
+    train(full, tmp_path / "full", max_steps=8, **SAVING)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-
-    resumed = chain(tasks=("one", "two", "new"), **settings)
+        train(killed, tmp_path / "cut", max_steps=8, more={"callbacks": [Kill()]}, **SAVING)
     randomize(resumed, "new", seed=99)  # whatever it held, the checkpoint counts
-    train(resumed, tmp_path / "cut", resume=True, **options)
-    pairs = (weights(whole, "new"), weights(resumed, "new"))
-    assert largest_difference(*pairs) == 0.0
-    assert whole.base_model.soft_coefficients == resumed.base_model.soft_coefficients
-    assert whole.base_model.soft_coefficients != {"one": 1.0, "two": 1.0}
+    train(resumed, tmp_path / "cut", resume=True, max_steps=8, **SAVING)
+    assert distance(weights(full, "new"), weights(resumed, "new")) == 0.0
+    psi = resumed.base_model.soft_coefficients
+    assert psi == full.base_model.soft_coefficients and psi["one"] != psi["two"]
+    folder = tmp_path / "cut" / "checkpoint-8"
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert saved["soft_coefficients"] == psi and set(saved["similarities"]) == {"one", "two"}
+    assert (saved["task_name"], saved["history"], saved["inference_mode"]) == ("new", ["one", "two"], True)
+    assert not [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".part"], "the current task alone"
 
 
-def test_psi_per_layer_survives_resuming(tmp_path: Path) -> None:
-    settings = dict(attribution=AttributionConfig(steps=2, probe_size=4, refresh=2, granularity="layer"))
-    options = dict(max_steps=3, save_strategy="steps", save_steps=2)
-    model = chain(**settings)
-    train(model, tmp_path, **options)
-    resumed = chain(**settings)
-    trainer = ASOTrainer(model=resumed, args=arguments(tmp_path, **options), train_dataset=TinyTask(resumed))
-    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    values = resumed.base_model.soft_coefficients["first"]
-    assert len(values) == 3 and values == model.base_model.soft_coefficients["first"]
-    assert resumed.base_model.orthogonality_penalty().item() > 0
-
-
-def test_resuming_from_another_tasks_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_the_checkpoint_of_another_task_or_history_is_refused(tmp_path: Path) -> None:
     model = chain()
-    train(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    train(model, tmp_path, max_steps=2, **SAVING)
+    other = chain(tasks=("first",))
+    randomize(other, "first", seed=77)
+    other.add_adapter("second", config("llama"))
+    other.set_adapter("second")
+    with pytest.raises(ValueError, match="other weights of its history"):
+        train(other, tmp_path, resume=True)
     model.add_adapter("third", config("llama"))
     model.set_adapter("third")
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
     with pytest.raises(ValueError, match="is of task 'second'.*output_dir of its own"):
-        trainer.train(resume_from_checkpoint=True)
-
-
-def test_checkpoints_hold_the_current_task_only(tmp_path: Path) -> None:
-    model = chain(tasks=("one", "two", "new"))
-    train(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-    folder = tmp_path / "checkpoint-2"
-    assert (folder / "adapter_model.safetensors").is_file()
-    assert not [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".part"]
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    assert saved["task_name"] == "new" and saved["history"] == ["one", "two"]
-    assert set(saved["soft_coefficients"]) == {"one", "two"}
+        train(model, tmp_path, resume=True)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = chain(penalty_weight=0.0)
     history = weights(model, "first")
-    seen: dict[int, dict[str, torch.Tensor]] = {}
+    saved: dict[int, dict[str, torch.Tensor]] = {}
 
     class Remember(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            seen[state.global_step] = weights(kwargs["model"], "second")
+            saved[state.global_step] = weights(kwargs["model"], "second")
 
-    trainer = ASOTrainer(
-        model=model,
-        args=arguments(
-            tmp_path,
-            max_steps=6,
-            learning_rate=0.5,  # so large that the last model is not the best
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="loss",
-        ),
-        train_dataset=TinyTask(model),
-        eval_dataset=TinyTask(model, seed=7),
-        callbacks=[Remember()],
-    )
-    trainer.train()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    options |= {"load_best_model_at_end": True, "learning_rate": 0.5}  # so large that the last model is not the best
+    trainer = train(model, tmp_path, more={"callbacks": [Remember()]}, **options)
     best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
     assert best != 6
-    assert largest_difference(weights(model, "second"), seen[best]) == 0.0
-    assert largest_difference(weights(model, "first"), history) == 0.0
+    assert distance(weights(model, "second"), saved[best]) == 0.0
+    assert distance(weights(model, "first"), history) == 0.0
 
 
-def test_coefficients_and_parts_of_the_loss_are_logged(tmp_path: Path) -> None:
-    model = chain(tasks=("one", "two", "new"), penalty_weight=0.5)
-    trainer = train(model, tmp_path, logging_steps=2, gradient_accumulation_steps=2)
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 2
-    for entry in logged:
-        assert {"psi/one", "psi/two", "similarity/one", "similarity/two"} <= set(entry)
-        assert entry["psi/one"] == pytest.approx(1 - entry["similarity/one"], abs=1e-6)
-        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5)
-
-
-def test_the_vector_is_stored_and_saved_with_the_adapter(tmp_path: Path) -> None:
-    model = chain()
-    train(model, tmp_path / "run")
-    vector = model.base_model.attribution["second"]
-    layout = model.peft_config["second"].attribution_layout
-    assert vector.shape == (layout[-1][2],) and vector.abs().sum() > 0
-    model.save_pretrained(str(tmp_path / "chain"))
-    fresh = chain()
-    fresh.load_adapter(str(tmp_path / "chain" / "second"), adapter_name="again")
-    assert torch.equal(fresh.base_model.attribution["again"], vector)
-
-
-def test_lambda_zero_and_similarity_none_compute_no_coefficients(tmp_path: Path, monkeypatch) -> None:
-    calls: list[str | None] = []
-    import peft_aso.training.coefficients as module
-
-    original = module.compute_attribution
-    monkeypatch.setattr(module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k))
-    inc = chain(penalty_weight=0.0)
-    train(inc, tmp_path)
-    assert calls == ["second"]  # only the vector that is stored at the end
-    calls.clear()
-    hard = chain(penalty="l1", attribution=AttributionConfig(similarity="none"))
-    trainer = train(hard, tmp_path)
-    assert calls == [] and hard.base_model.soft_coefficients == {"first": 1.0}
-    assert trainer.state.log_history[0]["orthogonality_penalty"] > 0
-
-
-def test_history_is_attributed_once_a_task(tmp_path: Path, monkeypatch) -> None:
-    calls: list[str] = []
-    import peft_aso.training.coefficients as module
-
-    original = module.compute_attribution
-    monkeypatch.setattr(module, "compute_attribution", lambda *a, **k: calls.append(k["adapter"]) or original(*a, **k))
-    model = chain(tasks=("one", "two", "new"), attribution=AttributionConfig(steps=2, probe_size=4, refresh=0.25))
-    train(model, tmp_path, max_steps=4)
-    assert calls.count("one") == calls.count("two") == 1
-    assert calls.count("new") == 4 + 1  # steps 0, 1, 2, 3, and the stored vector
-
-
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "bf16", "torch_compile"])
-def test_training_options_give_the_plain_result(tmp_path: Path, option: str) -> None:
-    settings = {"torch_compile_backend": "aot_eager"} if option == "torch_compile" else {}
-    plain, other = chain(lora_dropout=0.0), chain(lora_dropout=0.0)
-    train(plain, tmp_path, max_steps=3, optim="sgd")
-    train(other, tmp_path, max_steps=3, optim="sgd", **{option: True}, **settings)
-    moved = largest_difference(weights(chain(), "second"), weights(plain, "second"))
-    tolerance = 0.1 * moved if option == "bf16" else 1e-5
-    assert moved > 1e-4
-    assert largest_difference(weights(plain, "second"), weights(other, "second")) < tolerance
-
-
-def test_isolated_history_is_not_in_the_training_forward(tmp_path: Path) -> None:
-    isolated = chain(forward_history="isolated", penalty_weight=0.0)
-    train(isolated, tmp_path, max_steps=3)
-    alone = get_peft_model(tiny("llama"), config("llama", penalty_weight=0.0), adapter_name="second")
-    fresh = chain(forward_history="isolated", penalty_weight=0.0)
-    alone.load_state_dict(fresh.state_dict(), strict=False)
-    train(alone, tmp_path, max_steps=3)
-    assert largest_difference(weights(isolated, "second"), weights(alone, "second")) < 1e-6
+# ---- refused -----------------------------------------------------------------------------------------------------
 
 
 def test_bad_models_are_refused_before_training(tmp_path: Path) -> None:
-    bare = tiny("llama")
+    given = {"args": arguments(tmp_path), "train_dataset": TinyTask(tiny("llama"))}
     with pytest.raises(ValueError, match="get_peft_model"):
-        ASOTrainer(model=bare, args=arguments(tmp_path), train_dataset=TinyTask(bare))
+        ASOTrainer(model=tiny("llama"), **given)
     model = chain()
     model.set_adapter("first")
     with pytest.raises(ValueError, match="'first' is the history of 'second' and stays frozen"):
-        ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
-    frozen = chain()
-    frozen.set_adapter("second", inference_mode=True)
+        ASOTrainer(model=model, **given)
+    model.set_adapter("second", inference_mode=True)
     with pytest.raises(ValueError, match="loaded for inference"):
-        ASOTrainer(model=frozen, args=arguments(tmp_path), train_dataset=TinyTask(frozen))
-    apart = chain(target_modules=["o_proj"])
+        ASOTrainer(model=model, **given)
     with pytest.raises(HistoryError, match="no module in common"):
-        ASOTrainer(model=apart, args=arguments(tmp_path), train_dataset=TinyTask(apart))
-    ASOTrainer(
-        model=chain(target_modules=["o_proj"], penalty_weight=0.0),
-        args=arguments(tmp_path),
-        train_dataset=TinyTask(bare),
-    )
+        ASOTrainer(model=chain(target_modules=["o_proj"]), **given)
+    ASOTrainer(model=chain(target_modules=["o_proj"], penalty_weight=0.0), **given)
 
 
-@pytest.mark.parametrize("penalty", ["squared", "l1"])
-def test_adapters_that_are_merged_or_off_are_refused(tmp_path: Path, penalty: str) -> None:
-    for leave, back, advice in (
-        ("merge_adapter", "unmerge_adapter", r"merged.*model\.unmerge_adapter\(\)"),
-        ("disable_adapter_layers", "enable_adapter_layers", r"switched off.*enable_adapter_layers\(\)"),
-    ):
-        model = chain(penalty=penalty)
-        trainer = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
-        getattr(model.base_model, leave)()
-        if leave == "disable_adapter_layers":
-            model.set_adapter("second")  # trains by name, and is still not in the forward pass
-        before = weights(model, "second")
-        with pytest.raises(ValueError, match=advice):
-            ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=TinyTask(model))
-        with pytest.raises(ValueError, match=advice):
-            trainer.train()
-        assert largest_difference(before, weights(model, "second")) == 0
-        getattr(model.base_model, back)()
-        trainer.train()
-        assert all(value.any() for name, value in weights(model, "second").items() if "lora_B" in name)
+def disable(tuner: Any) -> None:
+    tuner.disable_adapter_layers()
+    tuner.set_adapter("second")  # trains by name, and is still not in the forward pass
 
 
-def test_labels_all_ignored_is_an_error_before_the_first_step(tmp_path: Path) -> None:
-    model = chain(attribution=QUICK)
-    data = TinyTask(model)
-    data.batch["labels"][:] = -100
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
-    with pytest.raises(ValueError, match="all labels are -100"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+LEFT = {
+    "merged": (lambda tuner: tuner.merge_adapter(), lambda tuner: tuner.unmerge_adapter(), "unmerge_adapter"),
+    "disabled": (disable, lambda tuner: tuner.enable_adapter_layers(), "enable_adapter_layers"),
+}
+
+
+@pytest.mark.parametrize("how", LEFT)
+def test_merged_or_disabled_adapters_are_refused(tmp_path: Path, how: str) -> None:
+    (leave, back, advice), model = LEFT[how], chain()
+    given = {"model": model, "args": arguments(tmp_path), "train_dataset": TinyTask(model)}
+    trainer = ASOTrainer(**given)
+    leave(model.base_model)
+    before = weights(model, "second")
+    for start in (lambda: ASOTrainer(**given), trainer.train):
+        with pytest.raises(ValueError, match=f"{how}.*{advice}"):
+            start()
+    assert distance(before, weights(model, "second")) == 0
+    back(model.base_model)
+    trainer.train()
+    assert all(value.any() for name, value in weights(model, "second").items() if "lora_B" in name)
 
 
 def test_a_trainer_of_another_task_is_refused(tmp_path: Path) -> None:
-    """Its optimizer has the other task's weights: nothing would be learned, and nothing would say so."""
-    model = chain(tasks=("first",))
-    trainer = ASOTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=TinyTask(model))
-    trainer.train()
+    """Its optimizer has the other task's weights: nothing would be learned."""
+    model = chain(tasks=("first",), attribution=QUICK)
+    trainer = train(model, tmp_path, max_steps=1)
     trainer.train()
     model.add_adapter("second", config("llama"))
     model.set_adapter("second")

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerFast, Seq2SeqTrainingArguments, TrainingArguments
 
 from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionConfig
 from tests.tiny_models import tiny, tiny_batch
@@ -20,6 +21,12 @@ NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
 TASK_TYPES = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
+WORDS = ["what", "is", "the", "sky", "grass", "blue", "green", "user", "assistant", ":", "yes", "no"]
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} : "
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s> {% endgeneration %}"
+    "{% else %}{{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 class TinyTask(Dataset):  # type: ignore[type-arg]
@@ -29,16 +36,26 @@ class TinyTask(Dataset):  # type: ignore[type-arg]
         self.batch = tiny_batch(model, batch_size=size, seed=seed)
 
     def __len__(self) -> int:
-        return len(self.batch["labels"])
+        return len(self.batch["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {name: value[index] for name, value in self.batch.items()}
 
 
+def tokenizer() -> Any:
+    """One word a token, with a chat template that marks the assistant's words."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT
+    )
+
+
 def config(name: str, **settings: Any) -> ASOLoraConfig:
-    """A small ASO-LoRA config for the tiny model `name`, without dropout unless asked for."""
-    settings.setdefault("attribution", QUICK)
-    return ASOLoraConfig(r=settings.pop("r", 4), lora_alpha=8, task_type=TASK_TYPES[name], **settings)
+    """A small ASO-LoRA config for the tiny model `name`, without dropout by default."""
+    settings = {"attribution": QUICK, "r": 4, "task_type": TASK_TYPES[name], **settings}
+    return ASOLoraConfig(lora_alpha=8, **settings)
 
 
 def randomize(model: Any, adapter: str, seed: int) -> None:
@@ -63,35 +80,20 @@ def chain(name: str = "llama", tasks: tuple[str, ...] = ("first", "second"), **s
     return model
 
 
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**defaults, **settings})
+def arguments(folder: Path, kind: type = ASOTrainer, **settings: Any) -> TrainingArguments:
+    defaults = {"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1}
+    defaults |= {"learning_rate": 1e-2, "weight_decay": 0.0, "lr_scheduler_type": "constant", "seed": 3}
+    defaults |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    make = Seq2SeqTrainingArguments if kind is ASOSeq2SeqTrainer else TrainingArguments
+    return make(**{**defaults, **settings})
 
 
 def train(
-    model: Any, folder: Path, data: Any = None, kind: type = ASOTrainer, resume: Any = None, **settings: Any
+    model: Any, folder: Path, data: Any = None, kind: Any = ASOTrainer, resume: Any = None, more: Any = (), **args: Any
 ) -> Any:
-    """Train the active task and return the trainer."""
-    if kind is ASOSeq2SeqTrainer:
-        from transformers import Seq2SeqTrainingArguments
-
-        args = Seq2SeqTrainingArguments(**arguments(folder, **settings).to_dict())
-    else:
-        args = arguments(folder, **settings)
-    trainer = kind(model=model, args=args, train_dataset=data or TinyTask(model), eval_dataset=data or TinyTask(model))
+    """Train the active task and return the trainer; `more` are further keywords of the trainer."""
+    given = {"args": arguments(folder, kind, **args), "train_dataset": data or TinyTask(model), **dict(more)}
+    trainer = kind(model=model, eval_dataset=given["train_dataset"], **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -101,6 +103,6 @@ def weights(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if f".{adapter}." in name}
 
 
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys() and a
     return max((a[name] - b[name]).abs().max().item() for name in a)

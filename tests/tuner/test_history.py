@@ -1,184 +1,148 @@
-"""Names alone: which adapter is the history of which."""
+"""Which adapter is the history of which: names, order, cycles, tasks that are not loaded."""
 
 from __future__ import annotations
 
-import time
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import nn
 
-from peft_aso.tuner.history import (
-    HistoryError,
-    MissingHistoryError,
-    TaskHistory,
-    adapter_of,
-    holder_of,
-    settle_history,
-)
+from peft_aso import ASOLoraConfig, HistoryError, MissingHistoryError
+from peft_aso.tuner.history import adapter_of, is_folder_name, is_free, name_parts, oldest_first
 
 
-def task(history: list[str] | None = None, **settings: Any) -> Any:
-    """A stand-in for a config: what this room reads of one."""
-    defaults = {"task_name": None, "combined": False, "peft_aso_version": None, "chain": None}
-    defaults |= {"forward_history": "stacked", "history_form": "auto", "train_a": True}
-    return SimpleNamespace(history=history, **{**defaults, **settings})
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(2, 2)
+        self.token = nn.Parameter(torch.ones(2))
 
 
-def add(configs: dict[str, Any], name: str, config: Any) -> Any:
-    configs[name] = config
-    settle_history(name, configs)
-    return config
+class Chain:
+    """Adapters of one small model; `saved` ones are as read from a file, so that their history may come later."""
+
+    def __init__(self) -> None:
+        self.model: Any = get_peft_model(Net(), ASOLoraConfig(r=1, target_modules=["proj"], history=[]), "first")
+        self.tasks = self.model.base_model.tasks
+
+    def add(self, name: str, history: list[str] | None = None, saved: bool = False, task: str | None = None) -> Any:
+        """Add an adapter and return its history as its config has it afterwards."""
+        config = ASOLoraConfig(r=1, target_modules=["proj"], history=history, task_name=task)
+        config.peft_aso_version = "0.1.0" if saved else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was trained on top of")
+            self.model.add_adapter(name, config)
+        return self.model.peft_config[name].history
 
 
-def test_all_tasks_that_are_there_are_the_history():
-    configs: dict[str, Any] = {}
-    assert add(configs, "one", task()).history == []
-    assert add(configs, "two", task()).history == ["one"]
-    add(configs, "mixture", task([], combined=True))
-    assert add(configs, "three", task()).history == ["one", "two"]  # combined adapters are no tasks
-    assert [config.task_name for config in configs.values()] == ["one", "two", "mixture", "three"]
+def test_a_history_takes_task_names_and_adapter_names():
+    held = Chain()
+    held.add("default", [], task="dbpedia")
+    held.add("amazon", [])
+    assert held.add("x", ["default"]) == ["dbpedia"] == held.add("y", ["dbpedia"])
+    assert held.add("w", ["amazon", "dbpedia"]) == ["amazon", "dbpedia"], "in the order given"
+    assert held.tasks.histories["w"] == ("amazon", "default")
+    configs = {"amazon": SimpleNamespace(task_name="yelp"), "yelp": SimpleNamespace(task_name="amazon")}
+    assert adapter_of("yelp", configs) == "amazon", "the name of a task comes first"
+    assert adapter_of("yelp", {"yelp": SimpleNamespace(task_name="other")}) == "yelp"
+    held.add("one", [], task="something else")
+    held.add("two", ["one"], saved=True)
+    assert held.tasks.missing == {"two": ("one",)}, "a saved history is never an adapter that only has the name"
 
 
-def test_a_named_history_takes_task_names_and_adapter_names():
-    configs: dict[str, Any] = {}
-    add(configs, "default", task(task_name="dbpedia"))
-    add(configs, "amazon", task())
-    assert add(configs, "x", task(["default"])).history == ["dbpedia"]
-    assert add(configs, "y", task(["dbpedia"])).history == ["dbpedia"]
-    assert add(configs, "z", task(["default", "dbpedia"])).history == ["dbpedia"]  # twice the same
-    assert add(configs, "w", task(["amazon", "dbpedia"])).history == ["amazon", "dbpedia"]  # in this order
-
-
-def test_a_task_s_name_comes_before_an_adapter_s():
-    configs = {"amazon": task(task_name="yelp"), "yelp": task(task_name="amazon")}
-    assert adapter_of("yelp", configs) == "amazon" and adapter_of("amazon", configs) == "yelp"
-    assert adapter_of("yelp", {"yelp": task(task_name="other")}) == "yelp"
-    assert holder_of("yelp", {"yelp": task(task_name="other")}) is None
-    assert adapter_of("imdb", configs) is None
-
-
-def test_the_history_of_a_saved_task_is_never_an_adapter_that_only_has_the_name():
-    configs: dict[str, Any] = {"one": task([], task_name="something else")}
-    add(configs, "two", task(["one"], peft_aso_version="0.1.0"))
-    tasks = TaskHistory()
-    tasks.refresh(configs)
-    assert tasks.histories["two"] == () and tasks.missing == {"two": ("one",)}
-
-
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    configs: dict[str, Any] = {"one": task([])}
-    with pytest.raises(HistoryError, match="no task 'imdb'.*It holds: 'one'.*Load it first"):
-        add(configs, "two", task(["imdb"]))
+def test_unknown_names_and_second_adapters_for_a_task():
+    held = Chain()
+    for name, history, task in (("x", ["imdb"], None), ("x", ["x"], None), ("x", ["yelp"], "yelp")):
+        with pytest.raises(HistoryError):
+            held.add(name, history, task=task)
+    with pytest.raises(HistoryError, match="'first'.*'again'"):
+        held.add("again", task="first")
+    assert list(held.model.peft_config) == ["first"]
+    held.add("one")
+    with pytest.warns(UserWarning, match="'one' and 'again'"):
+        held.add("again", [], saved=True, task="one")
+    held.add("two", ["one"])
+    assert held.tasks.histories["two"] == ("one",), "the first of the two"
 
 
 def test_a_saved_task_may_come_before_its_history():
-    configs: dict[str, Any] = {}
-    add(configs, "three", task(["one", "two"], peft_aso_version="0.1.0"))
-    tasks = TaskHistory()
-    tasks.refresh(configs)
-    assert tasks.missing == {"three": ("one", "two")} and tasks.histories == {"three": ()}
-    with pytest.raises(MissingHistoryError, match="'one', 'two'.*load_adapter.*only\\('three'\\)"):
-        tasks.require(["three"])
-    add(configs, "two", task(["one"], peft_aso_version="0.1.0"))
-    add(configs, "default", task([], task_name="one", peft_aso_version="0.1.0"))
-    tasks.refresh(configs)
-    assert not tasks.missing
-    assert tasks.histories == {"three": ("default", "two"), "two": ("default",), "default": ()}
-    assert tasks.frozen == {"default", "two"} and tasks.dependents("default") == ["three", "two"]
-    tasks.require(["three"])
-
-
-def test_a_new_task_cannot_be_built_on_one_that_lacks_its_history():
-    configs: dict[str, Any] = {}
-    add(configs, "two", task(["one"], peft_aso_version="0.1.0"))
-    with pytest.raises(HistoryError, match="'three' would be trained on top of 'two', which lacks.*'one'"):
-        add(configs, "three", task())
-    del configs["three"]
-    assert add(configs, "three", task(["two"])).history == ["two"]  # said in so many words
-
-
-def test_one_adapter_a_task():
-    configs: dict[str, Any] = {"one": task([])}
-    with pytest.raises(HistoryError, match="holds the task 'one' already, in the adapter 'one'.*'again'"):
-        add(configs, "again", task(task_name="one"))
-    del configs["again"]
-    with pytest.warns(UserWarning, match="'one' and 'again' both hold the task 'one'"):
-        add(configs, "again", task([], task_name="one", peft_aso_version="0.1.0"))
-    assert holder_of("one", configs) == "one"
-
-
-@pytest.mark.parametrize("own", [None, "yelp"])
-def test_a_task_in_its_own_history(own: str | None):
-    configs: dict[str, Any] = {"one": task([])}
-    with pytest.raises(HistoryError, match="own history|no task"):
-        add(configs, "two", task([own or "two"], task_name=own))
-    with pytest.raises(HistoryError, match="leads back to itself: x -> x"):
-        add({}, "x", task(["x"], peft_aso_version="0.1.0"))
+    held = Chain()
+    held.add("three", ["one", "two"], saved=True)
+    assert held.tasks.missing == {"three": ("one", "two")} and held.tasks.histories["three"] == ()
+    with pytest.raises(MissingHistoryError, match="'one', 'two'"):
+        held.tasks.require(["three"])
+    with pytest.raises(HistoryError, match="'four'.*'three'.*'one'"):
+        held.add("four")  # on top of all, and one of them lacks its history
+    assert held.add("four", ["three"]) == ["three"]
+    held.add("two", ["one"], saved=True)
+    held.add("default", [], saved=True, task="one")
+    assert not held.tasks.missing and held.tasks.histories["three"] == ("default", "two")
+    assert held.tasks.frozen == {"default", "two", "three"} and held.tasks.dependents("default") == ["three", "two"]
+    assert list(held.tasks.expand(["two", "three", "first"])) == ["default", "two", "three", "first"]
 
 
 def test_a_cycle_is_named():
-    saved = {"peft_aso_version": "0.1.0"}
-    configs: dict[str, Any] = {}
-    add(configs, "one", task(["three"], **saved))
-    add(configs, "two", task(["one"], **saved))
-    with pytest.raises(HistoryError, match="leads back to itself: three -> two -> one -> three"):
-        add(configs, "three", task(["two"], **saved))
+    held = Chain()
+    with pytest.raises(HistoryError, match="x -> x"):
+        held.add("x", ["x"], saved=True)
+    held.add("one", ["three"], saved=True)
+    held.add("two", ["one"], saved=True)
+    with pytest.raises(HistoryError) as error:
+        held.add("three", ["two"], saved=True)
+    rotations = ("three -> two -> one -> three", "two -> one -> three -> two", "one -> three -> two -> one")
+    assert any(path in str(error.value) for path in rotations)
+    assert list(held.model.peft_config) == ["first", "one", "two"]
 
 
-def test_a_long_chain_takes_no_time():
-    """Every task has all earlier ones as history: the number of paths through such a chain doubles a task."""
-    configs: dict[str, Any] = {}
-    start = time.perf_counter()
-    for number in range(120):
-        add(configs, f"task{number}", task())
-    assert time.perf_counter() - start < 20
-    assert len(configs["task119"].history) == 119
+@given(st.lists(st.lists(st.integers(0, 5), max_size=3, unique=True), min_size=6, max_size=6))
+@settings(max_examples=20)
+def test_a_cycle_is_refused_exactly_where_there_is_one(parents: list[list[int]]):
+    held, there = Chain(), set()
+    for number in range(6):
+        reached, size = {*parents[number]}, 0
+        while len(reached) > size:
+            size = len(reached)
+            reached |= {old for node in reached & there for old in parents[node]}
+        with pytest.raises(HistoryError) if number in reached else nullcontext():
+            held.add(str(number), [str(parent) for parent in parents[number]], saved=True)
+            there.add(number)
+    assert set(held.model.peft_config) == {"first", *map(str, there)}
 
 
-@given(st.lists(st.lists(st.integers(0, 7), max_size=4, unique=True), min_size=8, max_size=8))
-def test_a_cycle_is_found_exactly_where_there_is_one(parents: list[list[int]]):
-    configs = {str(i): task([str(p) for p in ps], peft_aso_version="0.1.0") for i, ps in enumerate(parents)}
-    for number in range(8):
-        reached, to_visit = set(), [number]
-        while to_visit:
-            for parent in parents[to_visit.pop()]:
-                if parent not in reached:
-                    reached.add(parent)
-                    to_visit.append(parent)
-        if number in reached:
-            with pytest.raises(HistoryError, match="leads back to itself"):
-                settle_history(str(number), configs)
-        else:
-            settle_history(str(number), configs)
+def test_all_tasks_that_are_there_are_the_history_oldest_first():
+    saved = {"three": ["one", "two"], "two": ["one"], "one": [], "four": ["one", "two", "three"]}
+    assert list(oldest_first(saved)) == ["one", "two", "three", "four"]
+    held = Chain()
+    for name, history in saved.items():
+        held.add(name, history, saved=True)
+    held.model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "mixture", combination_type="cat")
+    assert [task for task in held.add("five") if task != "first"] == ["one", "two", "three", "four"]
+    assert held.model.peft_config["five"].task_name == "five"
+    assert len(oldest_first({str(n): [str(m) for m in range(n)] for n in range(200)})) == 200  # 2^198 paths
 
 
-def test_expand_puts_each_history_before_its_task_and_each_name_once():
-    tasks = TaskHistory()
-    tasks.refresh({"one": task([]), "two": task(["one"]), "three": task(["one", "two"]), "free": task([])})
-    assert tasks.expand(["three"]) == ["one", "two", "three"]
-    assert tasks.expand(["two", "three", "free"]) == ["one", "two", "three", "free"]
-    tasks.alone = True
-    assert tasks.expand(["three"]) == ["three"]
+@pytest.mark.parametrize("name", ["token", "proj", "weight", "a.b", "a/b", "", "lora_A", "base_model", "__base__"])
+def test_names_that_peft_would_confuse(name: str):
+    """Adapter names that are parts of module paths, and others by which PEFT cannot find an adapter."""
+    assert not is_free(name, name_parts(Net()))
+    for good in ("dbpedia", "task-1", "12", "lora", "my model", "ü"):
+        assert is_free(good, name_parts(Net())) and is_folder_name(good)
+    held = Chain()
+    for call in (lambda: get_peft_model(Net(), held.model.peft_config["first"], name), lambda: held.add(name)):
+        with pytest.raises(ValueError, match="cannot be called|Adapter name"):
+            call()
+    assert list(held.model.peft_config) == ["first"]
 
 
-def test_alone_a_task_needs_no_history():
-    tasks = TaskHistory()
-    tasks.refresh({"two": task(["one"])})
-    tasks.alone = True
-    tasks.require(["two"])
-
-
-def test_isolated_tasks_are_known():
-    tasks = TaskHistory()
-    tasks.refresh({"one": task([]), "two": task(["one"], forward_history="isolated")})
-    assert tasks.isolated == {"two"}
-
-
-def test_tasks_that_were_loaded_in_any_order_are_the_history_oldest_first():
-    configs: dict[str, Any] = {}
-    for name, history in (("three", ["one", "two"]), ("two", ["one"]), ("one", []), ("four", ["one", "two", "three"])):
-        add(configs, name, task(history, peft_aso_version="0.1.0"))
-    assert add(configs, "five", task()).history == ["one", "two", "three", "four"]
+@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a\\b", "a\0b", "proj"])
+def test_a_task_name_that_no_chain_could_have_is_refused_before_training(name: str):
+    with pytest.raises(ValueError, match="cannot be called"):
+        Chain().add("second", task=name)
+    assert name == "proj" or not is_folder_name(name)

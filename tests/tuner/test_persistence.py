@@ -1,166 +1,167 @@
-"""The attribution vector travels in the adapter's file, and is checked when it comes back."""
+"""What PEFT's functions write and read: the attribution vector in the adapter's file; damaged files are errors."""
 
 from __future__ import annotations
 
 import copy
-import json
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from torch import nn
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
-from peft_aso.tuner.persistence import ATTRIBUTION_KEY, check_attribution, tuner_of
+from peft_aso.tuner.adapter_file import check_attribution
+from peft_aso.tuner.model import ATTRIBUTION_KEY
 from tests.tiny_models import tiny
-from tests.tuner.chains import TASKS, assert_is_sum, chain, copy_of
+from tests.tuner import chains
+from tests.tuner.chains import CURRENT, HISTORY, TASKS, assert_same, chain, edit_config, edit_weights, load, state_of
 
 LAYOUT = [["model.layers.0.mlp.down_proj", 0, 3], ["model.layers.1.mlp.down_proj", 3, 5]]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Any, Path]:
-    """A chain of two tasks, each with a vector of five neurons, and the folder that it was saved in."""
-    _, model = chain("llama", TASKS[:2])
-    for number, task in enumerate(TASKS[:2]):
+    """A chain, each task with a vector of five neurons, and the folder that it was saved in."""
+    _, model = chain("llama")
+    for number, task in enumerate(TASKS):
         model.base_model.attribution[task] = torch.arange(5.0) + number
         model.peft_config[task].attribution_layout = copy.deepcopy(LAYOUT)
     model.save_pretrained(tmp_path)
     return model, tmp_path
 
 
-def _load(folder: Path) -> Any:
-    loaded = PeftModel.from_pretrained(tiny("llama"), folder / "dbpedia", adapter_name="dbpedia")
-    loaded.load_adapter(folder / "amazon", adapter_name="second")
-    return loaded
-
-
-def _replace_vector(folder: Path, vector: torch.Tensor | None) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    tensors.pop(ATTRIBUTION_KEY)
-    if vector is not None:
-        tensors[ATTRIBUTION_KEY] = vector
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def test_round_trip(saved: tuple[Any, Path]):
+@pytest.mark.parametrize("order", list(itertools.permutations(TASKS)), ids="-".join)
+def test_round_trip_in_any_order(saved: tuple[Any, Path], order: tuple[str, ...]):
     model, folder = saved
-    loaded = _load(folder)
-    assert loaded.base_model.attribution["dbpedia"].tolist() == [0, 1, 2, 3, 4]
-    assert loaded.base_model.attribution["second"].tolist() == [1, 2, 3, 4, 5]
-    assert loaded.peft_config["second"].attribution_layout == LAYOUT
-    loaded.set_adapter("second")
-    assert_is_sum(loaded.eval(), tiny("llama"), ["dbpedia", "second"])
-    again = folder / "again"
-    loaded.save_pretrained(again)
-    tensors = load_file(again / "second" / "adapter_model.safetensors")
-    assert tensors[ATTRIBUTION_KEY].tolist() == [1, 2, 3, 4, 5]
-    assert not any(ATTRIBUTION_KEY in name for name in model.state_dict())
+    loaded = load(folder, order, low_cpu_mem_usage=order[1] == "dbpedia")
+    assert torch.equal(chains.logits(loaded), chains.logits(model))
+    chains.assert_is_sum(loaded, tiny("llama"), TASKS)
+    chains.assert_frozen(loaded, HISTORY, chains.copy_of(model, HISTORY))
+    loaded.save_pretrained(folder / "again")
+    for number, task in enumerate(TASKS):
+        assert loaded.base_model.attribution[task].tolist() == [number + i for i in range(5)]
+        assert loaded.base_model.attribution[task].dtype == torch.float32
+        assert loaded.peft_config[task].attribution_layout == LAYOUT
+        assert loaded.peft_config[task].history == model.peft_config[task].history
+        first, second = (load_file(each / task / "adapter_model.safetensors") for each in (folder, folder / "again"))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_file_is_safetensors_and_holds_the_adapter_alone(saved: tuple[Any, Path]):
-    _, folder = saved
+def test_the_file_holds_the_adapter_alone(saved: tuple[Any, Path]):
+    model, folder = saved
     names = load_file(folder / "amazon" / "adapter_model.safetensors")
-    assert all(".lora_" in name or name == ATTRIBUTION_KEY for name in names) and len(names) > 2
-    config = json.loads((folder / "amazon" / "adapter_config.json").read_text())
-    assert (config["history"], config["task_name"], config["peft_type"]) == (["dbpedia"], "amazon", "ASO_LORA")
-
-
-def test_state_dicts_of_wrapped_models_have_it_too(saved: tuple[Any, Path]):
-    model, _ = saved
+    assert ATTRIBUTION_KEY in names and len(names) > 2
+    assert all(".lora_" in name and "amazon" not in name for name in names if name != ATTRIBUTION_KEY)
+    assert not any(ATTRIBUTION_KEY in name for name in model.state_dict())
     compiled = torch.compile(model, backend="eager")
     found = get_peft_model_state_dict(compiled, adapter_name="amazon", unwrap_compiled=True)
-    assert found[ATTRIBUTION_KEY].tolist() == [1, 2, 3, 4, 5]
     given = get_peft_model_state_dict(model, adapter_name="amazon", state_dict=model.state_dict())
-    assert given[ATTRIBUTION_KEY].tolist() == [1, 2, 3, 4, 5]
+    assert found[ATTRIBUTION_KEY].tolist() == [1, 2, 3, 4, 5] == given[ATTRIBUTION_KEY].tolist()
+    with pytest.warns(UserWarning, match="is active now"):
+        model.delete_adapter(CURRENT)
+    assert set(model.base_model.attribution) == set(HISTORY)
 
 
-def test_the_tuner_is_found_inside_wrappers(saved: tuple[Any, Path]):
-    model, _ = saved
-    tuner = model.base_model
-    for wrapped in (model, tuner, torch.compile(model, backend="eager"), nn.DataParallel(model)):
-        assert tuner_of(wrapped) is tuner
-    assert tuner_of(nn.DataParallel(torch.compile(model, backend="eager"))) is tuner
-    assert tuner_of(tiny("llama")) is None and tuner_of(nn.Linear(2, 2)) is None
-
-
-def test_deleted_with_its_adapter(saved: tuple[Any, Path]):
-    _, folder = saved
-    loaded = _load(folder)
-    loaded.delete_adapter("second")
-    assert set(loaded.base_model.attribution) == {"dbpedia"}
-
-
-@pytest.mark.parametrize(
-    ("vector", "message"),
-    [
-        (torch.ones(4), r"shape \(4,\), but its config describes 5 neurons"),
-        (torch.ones(5, 1), r"shape \(5, 1\)"),
-        (torch.tensor([1, 2, float("nan"), 4, 5]), "NaN or Inf"),
-        (torch.tensor([1, 2, float("inf"), 4, 5]), "NaN or Inf"),
-    ],
-)
-def test_a_vector_that_does_not_fit(saved: tuple[Any, Path], vector: torch.Tensor, message: str):
+@pytest.mark.parametrize("values", [[1, 2, 3, 4], [[1]] * 5, [float("nan")] * 5, [float("inf")] * 5], ids=str)
+def test_a_vector_that_does_not_fit(saved: tuple[Any, Path], values: list[Any]):
     model, folder = saved
-    values = copy_of(model, TASKS[:2])
-    _replace_vector(folder / "amazon", vector)
-    with pytest.raises(ValueError, match=message):
-        _load(folder)
-    loaded = PeftModel.from_pretrained(tiny("llama"), folder / "dbpedia", adapter_name="dbpedia")
-    with pytest.raises(ValueError, match=message):
-        loaded.load_adapter(folder / "amazon", adapter_name="amazon")
-    assert list(loaded.peft_config) == ["dbpedia"] == list(loaded.base_model.attribution)
-    with pytest.raises(ValueError, match=message):  # over one that is there already: nothing changes
-        model.load_adapter(folder / "amazon", adapter_name="amazon")
-    assert all(torch.equal(value, values[name]) for name, value in copy_of(model, TASKS[:2]).items())
-    assert model.base_model.attribution["amazon"].tolist() == [1, 2, 3, 4, 5]
+    before = state_of(model)
+    edit_weights(folder / CURRENT, lambda tensors: tensors.update({ATTRIBUTION_KEY: torch.tensor(values).float()}))
+    loaded = load(folder, HISTORY)
+    for each in (loaded, model):  # in the second one it is there already, and nothing changes
+        with pytest.raises(ValueError, match="'agnews'"):
+            each.load_adapter(folder / CURRENT, adapter_name=CURRENT)
+    assert list(loaded.peft_config) == list(HISTORY) == list(loaded.base_model.attribution)
+    assert_same(model, before)
+    assert model.base_model.attribution[CURRENT].tolist() == [2, 3, 4, 5, 6]
 
 
-def test_a_vector_without_a_layout_is_refused(saved: tuple[Any, Path]):
-    _, folder = saved
-    file = folder / "amazon" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "attribution_layout": None}))
-    with pytest.raises(ValueError, match="its config describes 0 neurons"):
-        _load(folder)
+def test_a_damaged_layout(saved: tuple[Any, Path]):
+    ends = ([(0, 3), (4, 5)], [(1, 5)], [(0, 5), (5, 4)], [(0, 3, 9), (3, 5)])
+    for layout in (None, ["a"], *([["a", *each] for each in wrong] for wrong in ends)):
+        with pytest.raises(ValueError, match="adapter 'x'"):
+            check_attribution("x", layout, torch.ones(5))
+    edit_config(saved[1] / CURRENT, attribution_layout=[["a", 1, 5]])
+    with pytest.raises(ValueError, match="adapter 'agnews'"):
+        load(saved[1])
 
 
 def test_reloading_weights_over_an_adapter_takes_their_vector(saved: tuple[Any, Path]):
     model, folder = saved
-    _replace_vector(folder / "amazon", torch.full((5,), 9.0))
-    model.load_adapter(folder / "amazon", adapter_name="amazon")
-    assert model.base_model.attribution["amazon"].tolist() == [9] * 5
-    _replace_vector(folder / "amazon", None)  # these weights have none: the old one is not theirs
-    model.load_adapter(folder / "amazon", adapter_name="amazon")
-    assert "amazon" not in model.base_model.attribution
+    _, new = chain("llama")  # a run that is resumed: the adapter does not know the neurons
+    with pytest.warns(UserWarning, match="attribution vector.*'agnews'"):
+        new.load_adapter(folder / CURRENT, adapter_name=CURRENT, is_trainable=True)
+    assert not new.base_model.attribution and list(new.peft_config) == list(TASKS)
+    edit_weights(folder / CURRENT, lambda tensors: tensors.update({ATTRIBUTION_KEY: torch.full((5,), 9).bfloat16()}))
+    model.load_adapter(folder / CURRENT, adapter_name=CURRENT)
+    assert model.base_model.attribution[CURRENT].tolist() == [9.0] * 5
+    assert model.base_model.attribution[CURRENT].dtype == torch.float32
+    edit_weights(folder / CURRENT, lambda tensors: tensors.pop(ATTRIBUTION_KEY))  # the old one is not theirs
+    model.load_adapter(folder / CURRENT, adapter_name=CURRENT)
+    assert CURRENT not in model.base_model.attribution
 
 
-def test_reloading_over_an_adapter_that_does_not_know_the_neurons(saved: tuple[Any, Path]):
-    """A run that is resumed: the adapter is new, and only its weights are read."""
-    _, folder = saved
+def spoil(value: float) -> Callable[[Path], None]:
+    return lambda folder: edit_weights(folder, lambda tensors: tensors[sorted(tensors)[3]].view(-1)[:1].fill_(value))
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(name for name in tensors if "lora_A" in name)] = torch.zeros(5, 7)
+
+
+def move(tensors: dict[str, torch.Tensor]) -> None:
+    name = min(name for name in tensors if "layers.2" in name)
+    tensors[name.replace("layers.2", "layers.7")] = tensors[name].clone()
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[min(name for name in tensors if "layers.1" in name)]
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "NaN": (spoil(float("nan")), "NaN or Inf"),
+    "shape": (lambda path: edit_weights(path, reshape), r"shape \(5, 7\)"),
+    "rank": (lambda path: edit_config(path, r=5), "does not fit this model"),
+    "more layers": (lambda path: edit_weights(path, move), "layers.7"),
+    "fewer layers": (lambda path: edit_weights(path, drop), "no weights for 1 of"),
+    "dora": (lambda path: edit_config(path, use_dora=True), "'amazon'.*use_dora"),
+    "cycle": (lambda path: edit_config(path, history=["amazon"]), "amazon"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_an_error_and_the_model_is_as_before(damage: str, tmp_path: Path):
+    change, message = DAMAGES[damage]
     _, model = chain("llama", TASKS[:2])
-    with pytest.warns(UserWarning, match="vector in the file is left out.*'amazon'"):
-        model.load_adapter(folder / "amazon", adapter_name="amazon", is_trainable=True)
-    assert not model.base_model.attribution and list(model.peft_config) == list(TASKS[:2])
+    model.save_pretrained(tmp_path)
+    change(tmp_path / "amazon")
+    loaded = load(tmp_path, TASKS[:1])
+    for low in (False, True):
+        loaded.set_adapter("dbpedia")
+        before = state_of(loaded)
+        with pytest.raises(ValueError, match=message):
+            loaded.load_adapter(tmp_path / "amazon", adapter_name="amazon", low_cpu_mem_usage=low)
+        loaded.set_adapter("dbpedia")
+        assert_same(loaded, before)
+    if damage != "dora":  # without its history it is no chain yet
+        with pytest.raises(ValueError):
+            load(tmp_path, ["amazon"])
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        [["a", 0, 3], ["b", 4, 5]],
-        [["a", 1, 5]],
-        [["a", 0, 3, 9], ["b", 3, 5]],
-        ["a"],
-        [["a", 0, 5], ["b", 5, 4]],
-    ],
-)
-def test_a_damaged_layout(layout: Any):
-    with pytest.raises(ValueError, match="attribution_layout in the config of adapter 'x' is damaged at"):
-        check_attribution("x", layout, torch.ones(5))
-
-
-def test_half_precision_vectors_become_float32(saved: tuple[Any, Path]):
-    _, folder = saved
-    _replace_vector(folder / "amazon", torch.arange(5).bfloat16())
-    assert _load(folder).base_model.attribution["second"].dtype == torch.float32
+def test_failed_loads_over_adapters_leave_them_there(tmp_path: Path):
+    _, model = chain("llama")
+    model.save_pretrained(tmp_path)
+    before = state_of(model)
+    for task in (CURRENT, "dbpedia"):
+        spoil(float("nan"))(tmp_path / task)
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            model.load_adapter(tmp_path / task, adapter_name=task)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
+    with pytest.raises(ValueError, match="NaN or Inf"):  # without a file
+        set_peft_model_state_dict(model, {f"{name}.weight": torch.full((2, 16), float("nan"))}, adapter_name=CURRENT)
+    assert_same(model, before)
+    set_peft_model_state_dict(model, {f"{name}.weight": torch.ones(2, 16)}, adapter_name=CURRENT)  # a part, as in PEFT
+    assert torch.equal(model.get_parameter(f"{name}.{CURRENT}.weight"), torch.ones(2, 16))

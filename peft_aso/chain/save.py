@@ -1,0 +1,269 @@
+"""Save a chain of tasks into a folder, and take a task out of a chain.
+
+`chain.json` is the commit record: a task that is new or has changed is written into a folder of its own, `chain.json`
+is replaced in one step, and only then what it no longer names is removed. A killed process leaves the old chain or
+the new one, complete.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..tuner import ASOLoraModel
+from ..tuner.adapter_file import weights_hash
+from ..tuner.history import adapter_of, is_free, name_parts, oldest_first, task_name_of
+from .manifest import (
+    MANIFEST_NAME,
+    ROOT,
+    TEMPORARY,
+    AdapterFile,
+    ChainError,
+    Manifest,
+    Place,
+    check_task_name,
+    flush,
+    read_adapter,
+    read_manifest,
+    staging,
+    write_manifest,
+)
+
+_PEFT_DEFAULT = "default"  # the adapter that PEFT saves in the folder itself
+
+
+def save_chain(
+    model: Any, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None, *, overwrite: bool = False
+) -> Path:
+    """Save tasks with their history, a subfolder for each, and `chain.json`: their order and hashes.
+
+    Tasks that have not changed since they were saved stay where they are. Everything else in the folder that
+    `chain.json` did not name stays too. A process that is killed leaves the old chain or the new one.
+
+    Args:
+        model: a `PeftModel` with ASO_LORA adapters.
+        folder: where to; it is made if it does not exist.
+        tasks: which tasks (their history must be among them). None: all but the products of `add_weighted_adapter`.
+        overwrite: whether tasks that the folder's `chain.json` lists, and that are not saved now, are removed.
+            `remove_task` allows it for its task.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ChainError: before anything is written: another kind of model, an unknown task, a task without its history, a
+            name that `load_chain` would refuse, a folder that lists other tasks.
+        OSError: the disk is full or cannot be written to; the old chain is as it was.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
+        raise ChainError("save_chain needs a PeftModel with ASO_LORA adapters (get_peft_model with an ASOLoraConfig).")
+    adapters, path = _selected(model, tasks), Path(folder)
+    if (path / CONFIG_NAME).exists():
+        raise ChainError(f"{path} is the folder of an adapter. Give another folder for the chain.")
+    earlier = _earlier(path, overwrite)
+    refuse_loss(earlier, adapters, model.base_model.removed_tasks, overwrite, str(path))
+    base_model = next(
+        filter(None, (model.peft_config[name].base_model_name_or_path for name in adapters.values())), None
+    )
+    _renew_hashes(model, adapters)
+    with staging(path) as stage:
+        entries, fresh = {}, {}
+        for task, adapter in adapters.items():
+            written = _write_adapter(model, adapter, task, stage)
+            digest = weights_hash(written.tensors(), written.config)
+            place = _unchanged(written, earlier, path)
+            if place is None:
+                place = _free_name(path, task, digest)
+                fresh[written.place.path] = path / place
+            entries[task] = _entry(written, place, digest)
+        order = oldest_first({task: entry["history"] for task, entry in entries.items()})
+        manifest = Manifest({task: entries[task] for task in order}, base_model)
+        flush(stage)
+        if fresh:  # named before they are there, so that the next save can remove them if this one is killed
+            names = [*earlier.unfinished, *(place.name for place in fresh.values())]
+            write_manifest(path, earlier._replace(unfinished=names))
+        for source, target in fresh.items():
+            os.rename(source, target)
+        named = {entry["folder"] for entry in manifest.tasks.values()} | {ROOT}
+        listed = [entry["folder"] for entry in earlier.tasks.values() if "repo_id" not in entry]
+        old = [name for name in (*listed, *earlier.unfinished) if name not in named]
+        write_manifest(path, manifest._replace(unfinished=old))
+    for leftover in [*(path / name for name in old), *path.glob(f"{TEMPORARY}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    if old:
+        write_manifest(path, manifest)
+    return path
+
+
+def remove_task(model: Any, task: str) -> None:
+    """Take a task out of a chain: its adapter goes, and so does its name from every other task's history.
+
+    The other tasks' adapters stay as they are. Those that were learned after it were trained with it in the forward
+    pass: test them. `save_chain` into the chain's folder and `push_chain` into its repository remove it there too.
+
+    Args:
+        model: a `PeftModel` with ASO_LORA adapters.
+        task: which one, by its own or its adapter's name. If it is the active one, the task before it is active
+            afterwards.
+
+    Raises:
+        ChainError: before the model is touched: another kind of model, no such task, no other one, or merged adapters.
+    """
+    name = adapter_for(model, task)
+    task = task_name_of(name, model.peft_config[name])
+    tuner: ASOLoraModel = model.base_model
+    if len(model.peft_config) == 1:
+        raise ChainError(f"{task!r} is the only task. model.unload() returns the base model.")
+    active = list(tuner.active_adapters)
+    for config in model.peft_config.values():
+        if config.history and task in config.history:
+            config.history = [old for old in config.history if old != task]
+            for field in ("similarities", "soft_coefficients", "history_hashes"):
+                values = getattr(config, field)
+                setattr(config, field, values and {old: value for old, value in values.items() if old != task})
+    tuner.refresh_history()
+    if active != [name]:
+        tuner.set_adapter(active)
+    model.delete_adapter(name)
+    tuner.removed_tasks.add(task)
+
+
+def adapter_for(model: Any, task: str) -> str:
+    """The adapter that holds a task which is to be changed.
+
+    Raises:
+        ChainError: another kind of model, no such task, or adapters that are merged into the base weights.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
+        raise ChainError("This needs a PeftModel with ASO_LORA adapters.")
+    if model.base_model.is_merged:
+        raise ChainError("Adapters are merged into the base weights. Call model.unmerge_adapter() first.")
+    return _adapter_named(task, model.peft_config)
+
+
+def _adapter_named(task: str, configs: Mapping[str, Any]) -> str:
+    name = adapter_of(task, configs)
+    if name is None:
+        tasks = ", ".join(repr(task_name_of(adapter, config)) for adapter, config in configs.items())
+        raise ChainError(f"There is no task {task!r} in the model. There are: {tasks}.")
+    return name
+
+
+def refuse_loss(
+    earlier: Manifest | None, saved: Collection[str], removed: Collection[str], overwrite: bool, where: str
+) -> None:
+    """Refuse to drop tasks that a `chain.json` lists, but for those that were removed on purpose.
+
+    Raises:
+        ChainError: names the tasks.
+    """
+    lost = [task for task in (earlier.tasks if earlier else ()) if task not in saved and task not in removed]
+    if lost and not overwrite:
+        raise ChainError(
+            f"{where} holds {', '.join(map(repr, lost))}, which would be lost: nothing was written. Choose another "
+            "place, load that chain first (load_chain) and add to it, or pass overwrite=True."
+        )
+
+
+def _renew_hashes(model: Any, adapters: Mapping[str, str]) -> None:
+    """Have each config name the history as it is saved; a warning if that has changed since the task was trained."""
+    hashes = {task: model.base_model.adapter_hash(adapter) for task, adapter in adapters.items()}
+    for task, adapter in adapters.items():
+        config = model.peft_config[adapter]
+        trained_on = config.history_hashes or {}
+        changed = {old: hashes[old] for old, digest in trained_on.items() if hashes[old] != digest}
+        if changed:
+            config.history_hashes = {**trained_on, **changed}
+            warnings.warn(
+                f"{task!r} was trained on top of other weights of {', '.join(map(repr, changed))} than are saved now "
+                "(another dtype rounds them). Its config gets the new hashes.",
+                stacklevel=3,
+            )
+
+
+def _earlier(path: Path, overwrite: bool) -> Manifest:
+    try:
+        return read_manifest(path) or Manifest({})
+    except ChainError as error:
+        if overwrite:
+            return Manifest({})
+        raise ChainError(f"{error} Or pass overwrite=True to write a new {MANIFEST_NAME}.") from error
+
+
+def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
+    """Task -> adapter, of the tasks to be saved; checked to be complete."""
+    configs = model.peft_config
+    if tasks is None:
+        names = [name for name, config in configs.items() if not config.combined]
+    else:
+        names = [_adapter_named(task, configs) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+    if not names:
+        raise ChainError(f"There is no task to save. The model holds: {', '.join(map(repr, configs))}.")
+    selected = {task_name_of(name, configs[name]): name for name in names}
+    if len(selected) < len(names):
+        raise ChainError(f"Two of the adapters {names} hold the same task, or one is named twice. Save one of them.")
+    taken = name_parts(model.base_model.model) - set(configs)
+    for task, name in selected.items():
+        check_task_name(task, f"The adapter {name!r}")
+        if not is_free(task, taken):
+            raise ChainError(
+                f"load_chain could not call an adapter {task!r}: the name has a dot, or is a part of the model's own "
+                f"names. Set another task_name in model.peft_config[{name!r}] and in the history of later tasks."
+            )
+        lacking = [old for old in configs[name].history or [] if old not in selected]
+        if lacking:
+            raise ChainError(
+                f"{task!r} was trained on top of {', '.join(map(repr, lacking))}, which would not be in the folder. "
+                "Save them together (tasks=None saves all), loading them first if need be."
+            )
+    return selected
+
+
+def _write_adapter(model: Any, adapter: str, task: str, stage: Path) -> AdapterFile:
+    """Save one adapter as PEFT does, which has a folder of its own for all but one name."""
+    scratch, target = stage / ".scratch", stage / task
+    model.save_pretrained(str(scratch), selected_adapters=[adapter])
+    (scratch if adapter == _PEFT_DEFAULT else scratch / adapter).rename(target)
+    shutil.rmtree(scratch, ignore_errors=True)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's model card
+    return read_adapter(Place(target))
+
+
+def _unchanged(written: AdapterFile, earlier: Manifest, path: Path) -> str | None:
+    """The folder in which this task lies already, with the same bytes and the same config."""
+    entry = earlier.tasks.get(written.name)
+    if entry is None or "repo_id" in entry:
+        return None
+    try:
+        there = read_adapter(Place(path / entry["folder"]))
+        old, new = (each.place.path / SAFETENSORS_WEIGHTS_NAME for each in (there, written))
+        same = there.config.to_dict() == written.config.to_dict() and filecmp.cmp(old, new, shallow=False)
+    except (ChainError, OSError):
+        return None
+    return str(entry["folder"]) if same else None
+
+
+def _free_name(path: Path, task: str, digest: str) -> str:
+    names = [task, f"{task}-{digest[:8]}", f"{task}-{digest[:8]}-{os.urandom(4).hex()}"]
+    return next(name for name in names if not os.path.lexists(path / name))
+
+
+def _entry(adapter: AdapterFile, folder: str, digest: str) -> dict[str, Any]:
+    config = adapter.config
+    return {
+        "task": adapter.name,
+        "folder": folder,
+        "history": adapter.history,
+        "rank": config.r,
+        "sha256": digest,
+        "similarities": config.similarities,
+        "soft_coefficients": config.soft_coefficients,
+    }

@@ -1,0 +1,259 @@
+"""`peft-aso` on the command line: inspect, verify, merge, export, push and report a chain on disk or on the Hub."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+import typer
+from transformers import PreTrainedModel
+
+from .chain import ChainError, export_lora, export_merged, load_chain, push_chain
+from .chain.export import base_view
+from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, mean_of, most_like
+from .chain.load import check_fit, in_order
+from .chain.manifest import AdapterFile, Place, mismatch, read_adapter
+from .tuner.adapter_file import weights_hash
+from .tuner.history import chain_obstacles
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+Result = tuple[str, Any, bool]  # text, the same for JSON, and whether all is well
+
+app = typer.Typer(
+    help="Inspect, verify, merge, export, push and report a chain of tasks on disk or on the Hub.",
+    epilog="Exit status: 0 all is well, 1 something is wrong (the message tells what), 2 wrong arguments.",
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+Source = Annotated[str, typer.Argument(help="A chain's folder, or a repository on the Hub (user/chain).")]
+Target = Annotated[str, typer.Argument(help="Repository to push to (user/chain).")]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Base = Annotated[str | None, typer.Option(help="Base model, a folder or id. Default: the one that the chain names.")]
+Shapes = Annotated[str | None, typer.Option("--base", help="Base model, to check the shapes against its config.")]
+Tasks = Annotated[str | None, typer.Option(help="Tasks to add up, with commas. Default: the newest and its history.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Type of what is written. Default: the base model's."),
+]
+MaxRank = Annotated[int | None, typer.Option(help="Cut to this rank by SVD; the error is logged.")]
+PerTask = Annotated[bool, typer.Option("--per-task", help="One repository for each task, REPO-TASK.")]
+NoMerged = Annotated[bool, typer.Option("--no-merged", help="Leave out the sum as one adapter.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+
+
+def command(function: Callable[..., Result]) -> Callable[..., None]:
+    """A command that prints the text or the JSON of its result, and leaves with its status."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        as_json = options["as_json"]
+        try:
+            text, values, is_well = function(**options)
+        except (ChainError, OSError, ValueError) as error:
+            text, values, is_well = f"error: {error}", {"error": str(error)}, False
+        file = sys.stdout if is_well or as_json else sys.stderr
+        print(json.dumps(values, indent=2) if as_json else text, file=file)
+        raise typer.Exit(0 if is_well else 1)
+
+    return app.command()(run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all is well, 1 if something is wrong, 2 for wrong arguments."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="peft-aso")
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@command
+def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) -> Result:
+    """Show tasks, ranks, sizes, similarities and hashes."""
+    tasks = [_about(adapter) for adapter in in_order(map(read_adapter, _places(source, revision)))]
+    base = next((task["base_model"] for task in tasks if task["base_model"]), None)
+    rows = [["", "task", "rank", "weights", "MB", "most like (w)", "sha256", "from"]]
+    for number, task in enumerate(tasks, start=1):
+        origin = task["origin"]
+        about = [number, task["task"], task["rank"], f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}"]
+        about += [most_like(task), task["sha256"][:12]]
+        rows.append([*map(str, about), f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""])
+    total = sum(task["bytes"] for task in tasks) / 1e6
+    title = f"{source}: {len(tasks)} tasks, {total:.1f} MB, base model {base or 'not named'}"
+    return f"{title}\n\n{markdown(rows)}", {"source": source, "base_model": base, "tasks": tasks}, True
+
+
+@command
+def verify(source: Source, base: Shapes = None, revision: Revision = None, as_json: AsJson = False) -> Result:
+    """Check hashes, finite values and that the history is complete; with --base, shapes too."""
+    places = _places(source, revision)
+    checks: dict[str, list[str]] = {}
+    adapters: list[AdapterFile] = []
+    for place in places:  # every task is checked, whatever is wrong with the others
+        try:
+            adapters.append(read_adapter(place))
+            checks[adapters[-1].name] = []
+        except ChainError as error:
+            checks[place.entry["task"] if place.entry else place.path.name] = [str(error)]
+    view = None if base is None or not adapters else base_view(_without_weights(adapters, base))
+    for adapter in adapters:
+        try:
+            tensors = adapter.tensors()
+            obstacle = next(iter(chain_obstacles(adapter.config)), None)
+            if len(adapters) > 1 and obstacle is not None:
+                raise ChainError(f"it cannot be part of a chain: {obstacle}")
+            if view is not None:
+                check_fit(adapter, tensors, view)
+            if difference := mismatch(adapter, tensors):
+                raise ChainError(difference)
+        except ChainError as error:
+            checks[adapter.name].append(str(error))
+    problems = []
+    try:
+        if not any(checks.values()):
+            in_order(adapters)
+    except ChainError as error:
+        problems.append(str(error))
+    listed = {place.entry["task"] for place in places if place.entry}
+    lines = []
+    for task, found in checks.items():
+        compared = ", hash and history as in chain.json" if task in listed else ""
+        shapes = f", shapes as in {base}" if view is not None else ""
+        lines += [f"WRONG   {task}: {problem}" for problem in found] or [f"ok      {task}: finite{compared}{shapes}"]
+    lines += [f"WRONG   {problem}" for problem in problems]
+    lines += [] if listed else ["note    there is no chain.json: hashes cannot be compared"]
+    is_well = not problems and not any(checks.values())
+    return "\n".join(lines), {"well": is_well, "tasks": checks, "chain": problems}, is_well
+
+
+@command
+def merge(
+    source: Source, out: Out, base: Base = None, tasks: Tasks = None, dtype: Dtype = None, revision: Revision = None,
+    as_json: AsJson = False,
+) -> Result:  # fmt: skip
+    """Write base model and tasks as one model folder."""
+    model, name = _loaded(source, base, revision)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):  # the base model has none
+        tokenizer = None
+    kind = None if dtype is None else getattr(torch, dtype)
+    return _written(export_merged(model, out, tasks=_names(tasks), dtype=kind, tokenizer=tokenizer))
+
+
+@command
+def export(
+    source: Source, out: Out, base: Base = None, tasks: Tasks = None, max_rank: MaxRank = None,
+    revision: Revision = None, as_json: AsJson = False,
+) -> Result:  # fmt: skip
+    """Write the sum of tasks as one stock LoRA adapter."""
+    model, _ = _loaded(source, base, revision)
+    return _written(export_lora(model, out, tasks=_names(tasks), max_rank=max_rank))
+
+
+@command
+def push(
+    source: Source, repo: Target, base: Base = None, per_task: PerTask = False, no_merged: NoMerged = False,
+    private: Private = False, revision: Revision = None, as_json: AsJson = False,
+) -> Result:  # fmt: skip
+    """Push a chain to the Hub."""
+    model, _ = _loaded(source, base, revision)
+    commits = push_chain(model, repo, per_task=per_task, merged=not no_merged, private=private or None)
+    lines = [f"{name}  {commit}" for name, commit in commits.items()]
+    return "\n".join(lines or ["All tasks are on the Hub already."]), commits, True
+
+
+@command
+def report(source: Source, out: Out, revision: Revision = None, as_json: AsJson = False) -> Result:
+    """Write a Markdown page with the picture of the similarities."""
+    tasks = [_about(adapter) for adapter in in_order(map(read_adapter, _places(source, revision)))]
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [["", "task", "rank", "weights", "history", "psi", "sha256"]]
+    for number, task in enumerate(tasks, start=1):
+        psi = ", ".join(f"{old} {mean_of(value):.2f}" for old, value in (task["soft_coefficients"] or {}).items())
+        about = [number, task["task"], task["rank"], f"{task['weights']:,}", ", ".join(task["history"]), psi]
+        rows.append([*map(str, about), f"`{task['sha256'][:12]}`"])
+    picture = "No picture: there are no similarities, or matplotlib is not installed (peft-aso[plots])."
+    if draw(tasks, out / PICTURE):
+        picture = f"![similarity of the tasks]({PICTURE})"
+    page = [f"# {source}: {len(tasks)} tasks", markdown(rows), picture]
+    (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    return _written(out / "report.md", "report")
+
+
+def _written(path: Path, key: str = "folder") -> Result:
+    return f"Written: {path}", {key: str(path)}, True
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name for name in text.split(",") if name]
+
+
+def _places(source: str, revision: str | None) -> list[Place]:
+    if revision is not None and not is_on_hub(source):
+        raise ValueError(f"--revision is for a repository on the Hub, and {source} is a folder or no such id.")
+    return find(source, Access(revision=revision))
+
+
+def _about(adapter: AdapterFile) -> dict[str, Any]:
+    tensors, config = adapter.tensors(), adapter.config
+    own = [tensor for name, tensor in tensors.items() if name.startswith("base_model.")]
+    return {
+        "task": adapter.name,
+        "history": adapter.history,
+        "rank": config.r,
+        "weights": sum(tensor.numel() for tensor in own),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "similarities": getattr(config, "similarities", None),
+        "soft_coefficients": getattr(config, "soft_coefficients", None),
+        "sha256": weights_hash(tensors, config),
+        "base_model": config.base_model_name_or_path,
+        "origin": adapter.place.origin or getattr(config, "origin", None),
+    }
+
+
+def _loaded(source: str, base: str | None, revision: str | None) -> tuple[Any, str]:
+    """The chain on its base model, and the base model's name."""
+    adapters = [read_adapter(place) for place in _places(source, revision)]
+    named = (adapter.config.base_model_name_or_path for adapter in adapters)
+    name = base or next(filter(None, named), None)
+    if name is None:
+        raise ChainError("The chain does not name its base model. Give one with --base.")
+    model = _model_class(adapters).from_pretrained(name, dtype="auto")
+    return load_chain(model, source, revision=revision), name
+
+
+def _without_weights(adapters: Sequence[AdapterFile], name: str) -> Any:
+    """The base model on the meta device; only its config is read."""
+    chosen, config = _model_class(adapters), transformers.AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return chosen(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
+
+
+def _model_class(adapters: Sequence[AdapterFile]) -> Any:
+    """The Auto class of the newest adapter's task type; without one the class that it was trained in."""
+    config = adapters[-1].config
+    kind = getattr(config.task_type, "value", config.task_type)
+    name = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if kind not in _CLASSES and isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return getattr(transformers, _CLASSES.get(kind, "AutoModel"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

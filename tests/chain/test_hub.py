@@ -1,0 +1,277 @@
+"""A chain goes to the Hub and comes back, pinned, in one commit, in spite of what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from peft import PeftModel, get_peft_model
+
+from peft_aso import (
+    ASOLoraConfig,
+    ChainError,
+    MissingHistoryError,
+    load_chain,
+    load_history,
+    push_chain,
+    remove_task,
+    save_chain,
+    update_task,
+)
+from tests.chain.chains import add, logits, make_chain, randomize, same_logits, settings, stock_adapter
+from tests.chain.server import TOKEN, Hub
+from tests.tiny_models import tiny
+
+
+def load(source: Any, **options: Any) -> Any:
+    return load_chain(tiny("llama"), source, **options)
+
+
+def tasks_in(hub: Hub, repo: str) -> list[dict[str, Any]]:
+    return json.loads(hub.files(repo)["chain.json"])["tasks"]
+
+
+def test_a_chain_in_one_repository(hub: Hub) -> None:
+    model = make_chain()
+    model.base_model.set_soft_coefficients({"first": 0.5, "second": 0.25}, similarities={"first": 0.5, "second": 0.75})
+    commits = push_chain(model, "user/chain", accuracy={"second": 71.25})
+    assert commits == {"user/chain": hub.repos["user/chain"].head}
+    assert len(hub.repos["user/chain"].commits) == 2, "the initial commit, and one with everything"
+    files = hub.files("user/chain")
+    tasks = {f"{task}/adapter_model.safetensors" for task in ("first", "second", "third", "merged")}
+    assert tasks | {"chain.json", "README.md", "similarity.png"} <= set(files)
+    card = files["README.md"].decode()
+    assert "base_model_relation: adapter" in card and "library_name: peft" in card and "71.2" in card
+    assert 'load_chain(base, "user/chain")' in card and "second (0.75)" in card
+    found = load("user/chain")
+    same_logits(found, model)
+    assert found.peft_config["second"].origin["revision"] == commits["user/chain"]
+    assert load("user/chain", tasks=["second"]).base_model.history == ("first",)
+    same_logits(PeftModel.from_pretrained(tiny("llama"), "user/chain", subfolder="merged"), model)
+    assert push_chain(model, "user/chain", accuracy={"second": 71.25}) == commits, "nothing has changed"
+
+
+def test_only_what_is_needed_is_fetched_and_then_it_works_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_chain(tasks={"a[1]": {}, "b*": {}, "c?": {}})
+    push_chain(model, "user/chain")
+    hub.requests.clear()
+    load("user/chain", tasks=["a[1]"])
+    fetched = [path for method, path in hub.requests if method == "GET" and ("/resolve/" in path or "/cdn/" in path)]
+    assert not any("b*" in path or "merged" in path or "README" in path for path in fetched)
+    load("user/chain")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    same_logits(load("user/chain"), model)
+    assert not hub.requests
+    with pytest.raises(ChainError, match="'user/other' is no folder on this machine, and no repository.*offline"):
+        load("user/other")
+
+
+def test_a_revision_is_what_was_there_then(hub: Hub) -> None:
+    model = make_chain()
+    first = push_chain(model, "user/chain", merged=False)["user/chain"]
+    push_chain(add(load("user/chain"), "fourth", **settings()), "user/chain", merged=False)
+    assert load("user/chain").base_model.history == ("first", "second", "third")
+    same_logits(load("user/chain", revision=first), model)
+    with pytest.raises(RevisionNotFoundError):
+        load("user/chain", revision="0" * 40)
+    with pytest.raises(ValueError, match="one repository"):
+        load(["user/chain"], revision=first)
+
+
+def test_a_repository_a_task_pins_its_history(hub: Hub) -> None:
+    model = make_chain()
+    commits = push_chain(model, "user/chain", per_task=True)
+    assert list(commits) == ["user/chain-first", "user/chain-second", "user/chain-third"]
+    for count, repo in enumerate(commits):
+        assert [entry.get("revision") for entry in tasks_in(hub, repo)] == [*list(commits.values())[:count], None]
+        assert "adapter_config.json" in hub.files(repo), "at the root, where PEFT looks"
+    same_logits(load("user/chain-third"), model)
+    same_logits(load(list(commits)), model)
+    with pytest.warns(UserWarning, match=r"on top of \['first', 'second'\]"):
+        found = PeftModel.from_pretrained(tiny("llama"), "user/chain-third")
+    with pytest.raises(MissingHistoryError, match=r"'first', 'second'.*load_chain\(base, 'user/chain-third'\)"):
+        logits(found)
+    with pytest.warns(UserWarning, match=r"on top of \['first'\]"):
+        found.load_adapter("user/chain-second", adapter_name="b")
+    found.load_adapter("user/chain-first", adapter_name="a")
+    same_logits(found.eval(), model)
+
+
+def test_pefts_own_push_and_stock_adapters(hub: Hub, tmp_path: Path) -> None:
+    model = make_chain()
+    model.push_to_hub("user/own")
+    same_logits(load("user/own"), model)
+    one = get_peft_model(tiny("llama"), ASOLoraConfig(**settings(task_name="mood"))).eval()
+    one.push_to_hub("user/mood")
+    assert list(load("user/mood").peft_config) == ["mood"]
+    stock = stock_adapter(tmp_path)
+    stock.push_to_hub("user/stock")
+    found = load_history(tiny("llama"), "user/stock")
+    assert list(found.peft_config) == ["stock"]
+    same_logits(found, stock)
+
+
+def test_others_go_on_with_a_chain_and_pin_what_they_went_on_with(hub: Hub, tmp_path: Path) -> None:
+    push_chain(make_chain(), "alice/chain")
+    theirs = hub.repos["alice/chain"].head
+    model = add(load("alice/chain", trainable=True), "fourth", **settings())
+    commits = push_chain(model, "bob/more", per_task=True)
+    assert list(commits) == ["bob/more-fourth"], "what lies on the Hub is pinned there"
+    assert [(e["repo_id"], e["revision"], e["folder"]) for e in tasks_in(hub, "bob/more-fourth")[:3]] == [
+        ("alice/chain", theirs, name) for name in ("first", "second", "third")
+    ]
+    assert f"alice/chain/tree/{theirs}" in hub.files("bob/more-fourth")["README.md"].decode()
+    other = hub.files("alice/chain")["second/adapter_model.safetensors"]
+    hub.put("alice/chain", {"first/adapter_model.safetensors": other})
+    same_logits(load("bob/more-fourth"), model)
+    with pytest.raises(ChainError, match="'first'.* other weights"):
+        load("alice/chain")
+    folder = save_chain(model, tmp_path / "local")
+    push_chain(make_chain(tasks={"first": {}}), "alice/copy")
+    same_logits(load(["alice/chain", "alice/copy"], strict=False), load("alice/chain", strict=False))
+    with pytest.raises(ChainError, match="Two folders hold a task called 'first'"):
+        load(["bob/more-fourth", folder / "first", tmp_path / "local" / "first"])
+    push_chain(make_chain(tasks={"first": {}}), "alice/first")
+    same_logits(load(["alice/first", *(folder / task for task in ("second", "third", "fourth"))]), model)
+
+
+def test_another_history_than_the_one_trained_on_is_an_error_with_both_hashes(hub: Hub) -> None:
+    push_chain(make_chain(), "user/chain", per_task=True)
+    push_chain(make_chain(tasks={"first": {}}, seed=5), "eve/chain", per_task=True)
+    hashes = [tasks_in(hub, repo)[0]["sha256"] for repo in ("user/chain-first", "eve/chain-first")]
+    for sources in (["eve/chain-first", "user/chain-second"], ["user/chain-second", "eve/chain-first"]):
+        with pytest.raises(ChainError, match=f"trained on top of 'first' with the sha256 {hashes[0]}.* {hashes[1]}"):
+            load(sources)
+    with pytest.warns(UserWarning, match="trained on top of 'first'"):
+        load(["eve/chain-first", "user/chain-second"], strict=False)
+    load("user/chain-second")
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client does not wait between its attempts."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+def test_a_push_that_dies_leaves_the_old_chain(hub: Hub, at_once: None) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain")
+    before = hub.repos["user/chain"].head
+    longer = add(load("user/chain"), "fourth", **settings())
+    hub.cut("PUT", "/lfs/", after=100, times=20)
+    with pytest.raises(Exception, match=r"."):
+        push_chain(longer, "user/chain")
+    hub.faults.clear()
+    hub.fail("POST", "/commit/", 503, times=20)
+    with pytest.raises(HfHubHTTPError):
+        push_chain(longer, "user/chain")
+    hub.faults.clear()
+    assert hub.repos["user/chain"].head == before
+    same_logits(load("user/chain"), model)
+    push_chain(longer, "user/chain")
+    hub.cut("GET", "/cdn/", after=500)
+    same_logits(load("user/chain", cache_dir=None), longer)
+
+
+def test_a_second_writer_is_a_conflict(hub: Hub) -> None:
+    push_chain(make_chain(), "user/chain")
+    mine, theirs = (add(load("user/chain"), name, **settings()) for name in ("mine", "theirs"))
+
+    def in_between(repo: str) -> None:
+        hub.before_commit = None
+        hub.put(repo, {"note.txt": b"somebody was here"})
+
+    hub.before_commit = in_between
+    with pytest.raises(HfHubHTTPError) as refused:
+        push_chain(mine, "user/chain")
+    assert refused.value.response.status_code == 412
+    push_chain(mine, "user/chain")
+    with pytest.raises(ChainError, match="user/chain holds 'mine', which would be lost: nothing was written"):
+        push_chain(theirs, "user/chain")
+    assert set(hub.files("user/chain")) >= {"note.txt", "mine/adapter_config.json"}
+    push_chain(theirs, "user/chain", overwrite=True)
+    assert "note.txt" in hub.files("user/chain") and "mine/adapter_config.json" not in hub.files("user/chain")
+    same_logits(load("user/chain"), theirs)
+
+
+def test_a_repository_a_task_is_refused_before_any_of_them_is_written(hub: Hub) -> None:
+    push_chain(make_chain(tasks={"x": {}, "second": {}}), "user/own", per_task=True)
+    before = {name: repo.head for name, repo in hub.repos.items()}
+    with pytest.raises(ChainError, match="user/own-second holds 'x'"):
+        push_chain(make_chain(), "user/own", per_task=True)
+    assert {name: repo.head for name, repo in hub.repos.items()} == before
+
+
+def test_who_may_not_write_or_read(hub: Hub) -> None:
+    model = make_chain()
+    with pytest.raises(HfHubHTTPError):
+        push_chain(model, "user/chain", token="hf_wrong")
+    assert not hub.repos
+    push_chain(model, "user/chain", private=True, token=TOKEN)
+    assert hub.repos["user/chain"].private
+    with pytest.raises(ChainError, match="private .log in"):
+        load("user/chain", token=False)
+    same_logits(load("user/chain", token=TOKEN), model)
+
+
+@pytest.mark.parametrize("harm", ["a folder outside", "a pickle", "a broken config"])
+def test_a_repository_that_means_harm(hub: Hub, tmp_path: Path, harm: str) -> None:
+    push_chain(make_chain(), "eve/chain", merged=False)
+    content = hub.files("eve/chain")["chain.json"].replace(b'"folder": "second"', b'"folder": "../../outside"')
+    pickled: dict[str, bytes | None] = {
+        "second/adapter_model.safetensors": None,
+        "second/adapter_model.bin": b"\x80\x04",
+    }
+    files, message = {
+        "a folder outside": ({"chain.json": content}, "cannot be the name"),
+        "a pickle": (pickled, "has no file adapter_model.safetensors"),
+        "a broken config": ({"second/adapter_config.json": b"["}, "not valid JSON"),
+    }[harm]
+    hub.put("eve/chain", files)
+    hub.requests.clear()
+    base = tiny("llama")
+    with pytest.raises(ChainError, match=message):
+        load_chain(base, "eve/chain")
+    assert not hasattr(base, "peft_config") and not any(".bin" in path for _, path in hub.requests)
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+# ---- a task is taken out or exchanged ---------------------------------------------------------------------------
+
+
+def test_a_removed_task_goes_from_the_hub_and_only_then(hub: Hub) -> None:
+    model = make_chain()
+    push_chain(model, "user/chain")
+    with pytest.raises(ChainError, match="holds 'third', which would be lost"):
+        push_chain(load("user/chain", tasks=["second"]), "user/chain")
+    remove_task(model, "second")
+    push_chain(model, "user/chain")
+    assert not any(path.startswith("second/") for path in hub.files("user/chain"))
+    assert [task["task"] for task in tasks_in(hub, "user/chain")] == ["first", "third"]
+    same_logits(load("user/chain"), model)
+
+
+def test_a_task_is_updated_to_a_new_revision(hub: Hub) -> None:
+    push_chain(make_chain(), "user/chain")
+    newer = load("user/chain", trainable=True)
+    old = newer.peft_config["second"].origin
+    randomize(newer, "second")
+    with pytest.warns(UserWarning, match="trained on top of other weights of 'second'"):
+        push_chain(newer, "user/newer")
+    model = add(load("user/chain"), "fourth", **settings())
+    before = logits(model)  # the history has been in use
+    update_task(model, "second", "user/newer")
+    assert model.peft_config["second"].origin["repo_id"] == "user/newer"
+    for layer, other in zip(
+        model.base_model.lora_layers().values(), newer.base_model.lora_layers().values(), strict=True
+    ):
+        assert layer.lora_A["second"].weight.equal(other.lora_A["second"].weight)
+    push_chain(model, "user/chain")
+    same_logits(load("user/chain"), model)
+    update_task(model, "second", "user/chain", revision=old["revision"])
+    assert logits(model).equal(before)

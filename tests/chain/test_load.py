@@ -1,0 +1,468 @@
+"""Loading gives the model that was saved, as PEFT's own loader would; what does not fit leaves the base as it was."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_aso import ASOLoraConfig, ChainError, load_chain, load_history, save_chain, update_task
+from tests.chain.chains import (
+    add,
+    check_same,
+    edit_config,
+    edit_weights,
+    logits,
+    make_chain,
+    settings,
+    state,
+    stock_adapter,
+)
+from tests.chain.test_files import check_refused
+from tests.tiny_models import tiny
+
+MIXED: dict[str, dict[str, Any]] = {
+    "first": {"r": 3, "use_rslora": True},
+    "second": {"r": 2, "lora_alpha": 9},
+    "third": {"r": 4, "history": ["first"]},
+}
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+LAYOUT = [["model.layers.0.mlp.down_proj", 0, 24]]
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in model.state_dict().items() if "lora_" in name or ".modules_to_save." in name}
+
+
+def loaded_by_peft(base: Any, folder: Path, tasks: list[str], autocast: bool = True) -> Any:
+    """The chain as PEFT loads it, one adapter after another."""
+    model: Any = None
+    for task in tasks:
+        if model is None:
+            model = PeftModel.from_pretrained(base, folder / task, adapter_name=task, autocast_adapter_dtype=autocast)
+        else:
+            model.load_adapter(folder / task, adapter_name=task, autocast_adapter_dtype=autocast)
+    model.set_adapter(tasks[-1], inference_mode=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("own_saving", [True, False])
+def test_loaded_is_saved(architecture: str, own_saving: bool, tmp_path: Path) -> None:
+    model = make_chain(architecture, MIXED)
+    model.base_model.attribution["second"] = torch.randn(24)
+    model.peft_config["second"].attribution_layout = LAYOUT
+    if own_saving:
+        save_chain(model, tmp_path)
+    else:
+        model.save_pretrained(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = load_chain(tiny(architecture), tmp_path)
+    assert loaded.active_adapters == ["third"] and list(loaded.peft_config) == ["first", "second", "third"]
+    assert loaded.base_model.tasks.histories == model.base_model.tasks.histories
+    assert loaded.base_model.attribution.keys() == {"second"}
+    expected, found = adapter_weights(model), adapter_weights(loaded)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    for task in MIXED:
+        model.set_adapter(task)
+        loaded.set_adapter(task)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+CHOICES: dict[str, list[list[str]]] = {
+    "llama": [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "embed_tokens"], ["layers.1.self_attn.o_proj"]],
+    "gpt2": [["c_attn"], ["c_attn", "wte"], ["c_fc"]],
+    "t5": [["q", "v"], ["k", "wo"], ["shared", "q"]],
+    "bert": [["query", "value"], ["word_embeddings", "key"], ["intermediate.dense"]],
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("architecture", CHOICES)
+def test_random_chains_are_what_peft_loads(architecture: str, tmp_path: Path, fresh_seed: int) -> None:
+    draw = random.Random(fresh_seed)
+    tasks: dict[str, dict[str, Any]] = {}
+    for index in range(5):
+        targets = draw.choice(CHOICES[architecture])
+        embeds = any(name in ("embed_tokens", "wte", "shared", "word_embeddings") for name in targets)
+        tasks[f"task{index}"] = {
+            "r": draw.randint(1, 5),
+            "lora_alpha": draw.randint(1, 40),
+            "target_modules": targets,
+            "use_rslora": draw.random() < 0.5,
+            "lora_bias": not embeds and draw.random() < 0.5,
+            "lora_dropout": draw.choice([0.0, 0.25]),
+            "rank_pattern": {targets[0]: 6} if draw.random() < 0.5 else {},
+            "history": draw.choice([None, draw.sample(list(tasks), draw.randint(0, index))]),
+            "modules_to_save": draw.choice([None, None, None, ["LayerNorm" if architecture == "bert" else "lm_head"]]),
+            "task_type": None if architecture == "bert" else settings(architecture)["task_type"],
+        }
+    model = make_chain(architecture, tasks, seed=fresh_seed)
+    save_chain(model, tmp_path)
+    loaded = load_chain(tiny(architecture), tmp_path)
+    check_same(loaded, loaded_by_peft(tiny(architecture), tmp_path, list(loaded.peft_config)))
+    for task in tasks:
+        loaded.set_adapter(task)
+        model.set_adapter(task)
+        torch.testing.assert_close(logits(loaded.eval()), logits(model.eval()))
+
+
+@pytest.mark.parametrize("saved_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
+)
+@pytest.mark.filterwarnings("ignore:.*than are saved now")
+def test_dtypes(dtype: torch.dtype, autocast: bool, saved_dtype: torch.dtype, tmp_path: Path) -> None:
+    save_chain(make_chain().to(saved_dtype), tmp_path)
+    loaded = load_chain(tiny("llama").to(dtype), tmp_path, autocast_adapter_dtype=autocast)
+    for task in ("first", "second", "third"):
+        held = load_file(tmp_path / task / SAFETENSORS_WEIGHTS_NAME)[KEY]
+        weight = loaded.get_submodule(KEY.removesuffix(".weight"))[task].weight
+        assert weight.dtype == (torch.float32 if autocast else dtype)
+        assert torch.equal(weight, held.to(weight.dtype)), "not rounded to the base model's dtype on the way"
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(3, 6, 3, groups=3)
+            self.read = nn.Linear(6, 5, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.read(self.mix(x).mean(-1))
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return Net()
+
+    model = base()
+    for name, targets in {"one": ["mix"], "two": ["mix", "read"], "three": ["read"]}.items():
+        model = add(model, name, r=3, lora_alpha=5, target_modules=targets)
+    save_chain(model, tmp_path)
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(load_chain(base(), tmp_path)(x), model(x))
+
+
+def test_trainable_or_frozen(tmp_path: Path) -> None:
+    for architecture in ("llama", "bert"):
+        make_chain(architecture).save_pretrained(str(tmp_path / architecture))
+        model = load_chain(tiny(architecture), tmp_path / architecture)
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        model = load_chain(tiny(architecture), tmp_path / architecture, trainable=True)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained and all("third" in name for name in trained)
+        assert ("classifier.modules_to_save.third" in str(trained)) == (architecture == "bert")
+    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+    model = load_chain(tiny("llama"), tmp_path / "llama", trainable=True)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all((parameter.grad is not None) == (".third." in name) for name, parameter in model.named_parameters())
+
+
+def test_lists_tasks_and_names(folder: Path, tmp_path: Path) -> None:
+    folders = [folder / "first", str(folder / "second"), folder / "third"]
+    expected = logits(load_chain(tiny("llama"), folder))
+    for given in (folders, folders[::-1]):
+        assert torch.equal(logits(load_chain(tiny("llama"), given)), expected)
+    model = load_chain(tiny("llama"), folder, tasks=["second"])
+    assert list(model.peft_config) == ["first", "second"] and model.active_adapters == ["second"]
+    named = make_chain(tasks={"default": {"task_name": "reviews"}, "second": {}})
+    named.save_pretrained(str(tmp_path / "named"))
+    assert (tmp_path / "named" / CONFIG_NAME).exists(), "PEFT saves this one in the folder itself"
+    loaded = load_chain(tiny("llama"), tmp_path / "named")
+    assert loaded.base_model.tasks.histories == {"reviews": (), "second": ("reviews",)}
+    assert torch.equal(logits(loaded), logits(named))
+    model = make_chain()
+    model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "mix", combination_type="cat")
+    model.save_pretrained(str(tmp_path / "mix"))
+    with pytest.warns(UserWarning, match="'mix'.*no tasks"):
+        assert list(load_chain(tiny("llama"), tmp_path / "mix").peft_config) == ["first", "second", "third"]
+
+
+def test_random_numbers_are_left_alone_and_files_may_change(folder: Path) -> None:
+    base, before = tiny("llama"), torch.get_rng_state()
+    model = load_chain(base, folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = {name: tensor.clone() for name, tensor in adapter_weights(model).items()}
+    path = folder / "first" / SAFETENSORS_WEIGHTS_NAME
+    with path.open("r+b") as file:  # in place, as a saving over it would
+        file.seek(-1024, 2)
+        file.write(bytes(1024))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_weights(model).items())
+    model.save_pretrained(str(folder))
+    found = adapter_weights(load_chain(tiny("llama"), folder))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ---- what is refused, with the base model untouched -------------------------------------------------------------
+
+
+def test_another_base_model(folder: Path, tmp_path: Path) -> None:
+    check_refused(folder, "q_proj maps 16 to 16 values in the file and 32 to 32 here", tiny("llama", hidden_size=32))
+    check_refused(folder, "no module 'model.layers.2.self_attn.", tiny("llama", num_hidden_layers=2))
+    check_refused(folder, "no weights for model.layers.3.self_attn.q_proj", tiny("llama", num_hidden_layers=4))
+    check_refused(folder, "no module 'model.layers.0.self_attn", tiny("gpt2"))
+    make_chain("bert").save_pretrained(str(tmp_path / "bert"))
+    check_refused(
+        tmp_path / "bert", r"classifier.bias has shape \(3,\).*\(5,\).*num_labels", tiny("bert", num_labels=5)
+    )
+    edit_weights(tmp_path / "bert" / "second", lambda weights: weights.pop("base_model.model.classifier.bias"))
+    check_refused(tmp_path / "bert", "'second'.* lacks classifier.bias of modules_to_save", tiny("bert"))
+    for name in ("first", "second", "third"):
+        edit_config(folder / name, base_model_name_or_path="somebody/model")
+    for load, source in ((load_chain, folder), (load_history, folder / "first")):
+        base = tiny("llama")
+        base.name_or_path = "somebody/other-model"
+        with pytest.warns(UserWarning, match="trained on 'somebody/model'.*'somebody/other-model'"):
+            load(base, source)
+
+
+WEIGHTS: dict[str, tuple[Any, str]] = {
+    "no B": (lambda w: w.pop(KEY), "lacks one of the two matrices of model.layers.1.self_attn.q_proj"),
+    "neither": (
+        lambda w: [w.pop(KEY), w.pop(KEY.replace("_B", "_A"))],
+        "no weights for model.layers.1.self_attn.q_proj",
+    ),
+    "ranks": (lambda w: w.update({KEY: w[KEY][:, :1].contiguous()}), "and its config has rank 2"),
+    "stray": (lambda w: w.update(stray=torch.zeros(2)), "'stray', which belongs to nothing"),
+    "vector": (lambda w: w.update(aso_attribution_vector=torch.zeros(4)), r"attribution vector .* shape \(4,\)"),
+}
+
+
+@pytest.mark.parametrize("change", WEIGHTS)
+def test_weights_that_are_not_whole(folder: Path, change: str) -> None:
+    edit_weights(folder / "second", WEIGHTS[change][0])
+    check_refused(folder, WEIGHTS[change][1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, "weights for .*v_proj, which its config does not name"),
+        ({"r": 7}, "and its config has rank 7"),
+        ({"task_name": "layers"}, "cannot be called.*change task_name in its adapter_config.json"),
+        ({"task_name": "a.b"}, "cannot be called"),
+        ({"task_name": "first"}, "Two folders hold a task called 'first'"),
+        ({"use_dora": True}, "'second' .* cannot be part of a chain of tasks: .*DoRA"),
+        ({"bias": "all"}, "cannot be part of a chain of tasks: .*bias='all'"),
+        ({"init_lora_weights": "pissa"}, "cannot be part of a chain of tasks: .*pissa"),
+        ({"history": ["third"]}, "form a cycle: .*second -> third|third -> second"),
+        ({"history": ["zeroth"]}, "'second' was trained on top of 'zeroth', which is not there"),
+    ],
+)
+def test_configs_that_do_not_fit(folder: Path, values: dict[str, Any], message: str) -> None:
+    edit_config(folder / ("third" if "task_name" in values else "second"), **values)
+    check_refused(folder, message)
+
+
+def test_models_and_tasks_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    model = make_chain()
+    for base in (model, model.base_model.model):
+        with pytest.raises(ChainError, match="has adapters already"):
+            load_chain(base, folder)
+    with pytest.raises(ChainError, match="no task 'fourth' here"):
+        load_chain(tiny("llama"), folder, tasks=["fourth"])
+    shutil.rmtree(folder / "first")
+    check_refused(folder, "'second' was trained on top of 'first', which is not there")
+    stock_adapter(tmp_path / "stock" / "one")
+    check_refused(tmp_path / "stock", "stock LoRA adapter.*load_history")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", [1, 2, 5, 11, 13, 20])
+def test_an_error_half_way_leaves_the_model_as_it_was(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+    error: BaseException,
+) -> None:
+    """PEFT makes A and B with nn.Linear; the first adapter and the later ones are loaded in two ways."""
+    stock_adapter(tmp_path / "stock", target_modules=["q_proj", "k_proj"])
+    base, model = tiny("llama"), make_chain()
+    modules, before = [(name, type(module)) for name, module in base.named_modules()], state(model)
+    linear = nn.Linear.__init__
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        linear(self, *args, **kwargs)
+
+    calls: list[Any] = []
+    loads = [lambda: load_chain(base, folder), lambda: load_history(model, tmp_path / "stock")]
+    for load in loads if call <= 12 else loads[:1]:  # the second makes twelve layers
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(nn.Linear, "__init__", failing)
+            load()
+    assert state(model) == before
+    assert [(name, type(module)) for name, module in base.named_modules()] == modules
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    load_chain(base, folder)
+
+
+# ---- embeddings, heads, and vocabularies that were resized ------------------------------------------------------
+
+HEAD = "base_model.model.lm_head"
+
+
+def test_base_weights_in_the_file(tmp_path: Path) -> None:
+    """PEFT saves an embedding's own weights with the adapter on it; they are compared, not loaded."""
+    model = make_chain(tasks={"first": {"target_modules": ["q_proj", "embed_tokens"]}, "second": {}})
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(str(tmp_path))
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert key in load_file(tmp_path / "first" / SAFETENSORS_WEIGHTS_NAME)
+    assert torch.equal(logits(load_chain(tiny("llama"), tmp_path)), logits(model))
+    load_chain(tiny("llama").to(torch.bfloat16), tmp_path)  # the same values, rounded
+    edit_weights(tmp_path / "first", lambda weights: weights[key][0, 0].add_(1))
+    check_refused(tmp_path, "has its own model.embed_tokens.weight, and it differs")
+    edit_weights(tmp_path / "first", lambda weights: weights.update({key: torch.zeros(70, 16)}))
+    check_refused(tmp_path, r"resize_token_embeddings\(70\)")
+
+
+def resized(tmp_path: Path) -> Any:
+    """Six tokens more than the base model in the folder has."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(3)
+    model.resize_token_embeddings(model.config.vocab_size + 6, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("heads", [["lm_head"], ["embed_tokens", "lm_head"], None])
+def test_new_tokens_and_heads(tmp_path: Path, heads: list[str] | None) -> None:
+    model = resized(tmp_path)
+    for task in ("first", "second"):
+        model = add(model, task, **settings(modules_to_save=heads))
+    folder = save_chain(model, tmp_path / "chain")
+    written = load_file(folder / "first" / SAFETENSORS_WEIGHTS_NAME)
+    assert (f"{HEAD}.modules_to_save.weight" in written) == bool(heads), "what this test is about"
+    loaded = load_chain(resized(tmp_path), folder)
+    for task in ("second", "first"):
+        model.set_adapter(task)
+        loaded.set_adapter(task)
+        assert torch.equal(logits(loaded), logits(model))
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(resized(tmp_path))), "the base model is as it was"
+    newer = add(resized(tmp_path), "first", **settings(modules_to_save=heads))
+    save_chain(newer, tmp_path / "newer")
+    update_task(loaded, "first", tmp_path / "newer")
+    assert torch.equal(logits(loaded), logits(newer))
+
+
+def test_a_copy_alone_is_no_head(tmp_path: Path) -> None:
+    model = add(resized(tmp_path), "first", **settings(modules_to_save=["lm_head"]))
+    path = save_chain(model, tmp_path / "chain") / "first"
+    (tmp_path / "chain" / "chain.json").unlink()
+    edit_weights(path, lambda weights: weights.pop(f"{HEAD}.weight"))
+    check_refused(tmp_path / "chain", "lacks lm_head.weight", resized(tmp_path))
+
+
+def test_a_head_that_is_tied_to_an_embedding(tmp_path: Path) -> None:
+    def tied() -> Any:
+        return tiny("llama", tie_word_embeddings=True)
+
+    model = add(tied(), "first", **settings(modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    folder = save_chain(model, tmp_path)
+    assert torch.equal(logits(load_chain(tied(), folder)), logits(model))
+
+
+# ---- load_history -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_stock_adapter_becomes_history(tmp_path: Path, architecture: str) -> None:
+    stock = stock_adapter(
+        tmp_path / "stock", architecture, use_rslora=True, r=3, rank_pattern={"value": 5, "v_proj": 5}
+    )
+    model = load_history(tiny(architecture), tmp_path / "stock", name="old")
+    assert model.active_adapters == ["old"] and torch.equal(logits(model), logits(stock))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    config = model.peft_config["old"]
+    assert isinstance(config, ASOLoraConfig) and (config.history, config.task_name, config.r) == ([], "old", 3)
+    add(model, "new", **settings(architecture))
+    assert model.base_model.tasks.histories["new"] == ("old",)
+    loaded = load_chain(tiny(architecture), save_chain(model, tmp_path / "chain"))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_existing_model_goes_on_as_it_was(tmp_path: Path, architecture: str, training: bool) -> None:
+    """Some of the modules have adapters already and some get their first; what trains goes on training."""
+    targets = [*CHOICES[architecture][0], *CHOICES[architecture][2]]
+    stock = stock_adapter(tmp_path / "stock", architecture, target_modules=targets, lora_dropout=0.5)
+    model = make_chain(architecture)
+    expected = logits(model)
+    model.train(training)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert any(before.values())
+    model = load_history(model, tmp_path / "stock")
+    assert model.active_adapters == ["third"] and {module.training for module in model.modules()} == {training}
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name for name, value in after.items() if value} == {name for name, value in before.items() if value}
+    assert torch.equal(logits(model.eval()), expected)
+    assert model.base_model.tasks.histories["third"] == ("first", "second")
+    model.set_adapter("stock")
+    assert torch.equal(logits(model), logits(stock))
+    add(model, "next", **settings(architecture))
+    assert model.base_model.tasks.histories["next"] == ("first", "second", "third", "stock")
+
+
+def test_an_adapter_of_ours_has_its_history(folder: Path) -> None:
+    model = load_chain(tiny("llama"), folder, tasks=["second"])
+    model = load_history(model, folder / "third", name="renamed")
+    assert model.base_model.tasks.histories["renamed"] == ("first", "second")
+    model.set_adapter("renamed")
+    assert torch.equal(logits(model), logits(load_chain(tiny("llama"), folder)))
+    with pytest.raises(ChainError, match="'third' was trained on top of 'first', 'second', which the model"):
+        load_history(tiny("llama"), folder / "third")
+    with pytest.raises(ChainError, match="'third' was trained on top of 'first' with the sha256"):
+        load_history(make_chain(tasks={"first": {}, "second": {}}, seed=9), folder / "third")
+
+
+def test_adapters_that_cannot_become_history(tmp_path: Path) -> None:
+    stock = stock_adapter(tmp_path / "stock")
+    for name, message in (
+        ("first", "a task called 'first' already"),
+        ("layers", "cannot be called 'layers'"),
+        ("../x", "cannot be the name of a task"),
+    ):
+        with pytest.raises(ChainError, match=message):
+            load_history(make_chain(), tmp_path / "stock", name=name)
+    for model in (stock, stock.base_model.model):
+        with pytest.raises(ChainError, match="adapters of another kind"):
+            load_history(model, tmp_path / "stock")
+    for number, (values, message) in enumerate(
+        (
+            ({"use_dora": True}, "DoRA"),
+            ({"bias": "all"}, "bias='all'"),
+            ({"init_lora_weights": "pissa"}, "changes the base weights"),
+            ({"trainable_token_indices": [3]}, "trained embedding rows"),
+        )
+    ):
+        stock_adapter(tmp_path / f"stock{number}", **values)
+        base = tiny("llama")
+        with pytest.raises(ChainError, match=f"cannot be part of a chain of tasks: .*{message}"):
+            load_history(base, tmp_path / f"stock{number}")
+        assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    five = get_peft_model(tiny("bert", num_labels=5), LoraConfig(**settings("bert")))
+    five.save_pretrained(str(tmp_path / "five"))
+    with pytest.raises(ChainError, match="classifier.bias has shape"):
+        load_history(make_chain("bert"), tmp_path / "five")

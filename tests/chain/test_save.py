@@ -1,0 +1,313 @@
+"""save_chain leaves the old chain or the new one, whatever happens, and nobody's files are lost by surprise."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from peft_aso import ChainError, load_chain, remove_task, save_chain
+from peft_aso.tuner.model import weights_hash
+from tests.chain.chains import (
+    add,
+    change_weights,
+    edit_config,
+    edit_weights,
+    entries,
+    logits,
+    make_chain,
+    randomize,
+    same_logits,
+    settings,
+)
+from tests.tiny_models import tiny
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return load_chain(tiny("llama"), folder, **options)
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    model = make_chain(tasks={"default": {"task_name": "first"}, "second": {"use_rslora": True}, "third": {"r": 3}})
+    model.base_model.set_soft_coefficients({"first": 0.25, "second": 0.5}, similarities={"first": 0.75, "second": 0.5})
+    folder = save_chain(model, tmp_path / "chain")
+    assert folder == tmp_path / "chain"
+    assert sorted(os.listdir(folder)) == ["chain.json", "first", "second", "third"]
+    written = json.loads((folder / "chain.json").read_text())
+    assert (written["format"], written["format_version"], "unfinished" in written) == ("peft_aso chain", 2, False)
+    found = entries(folder)
+    assert [entry["history"] for entry in found.values()] == [[], ["first"], ["first", "second"]]
+    assert [(entry["folder"], entry["rank"]) for entry in found.values()] == [
+        ("first", 2),
+        ("second", 2),
+        ("third", 3),
+    ]
+    assert found["third"]["soft_coefficients"] == {"first": 0.25, "second": 0.5}
+    assert found["third"]["similarities"] == {"first": 0.75, "second": 0.5}
+    for task, entry in found.items():
+        name = "default" if task == "first" else task
+        digest = weights_hash(load_file(folder / task / SAFETENSORS_WEIGHTS_NAME), model.peft_config[name])
+        assert entry["sha256"] == digest == model.base_model.adapter_hash(name)
+    same_logits(load(folder), model)
+
+
+def test_chosen_tasks_and_what_is_no_task(tmp_path: Path) -> None:
+    model = make_chain()
+    model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "mix", combination_type="cat")
+    assert list(entries(save_chain(model, tmp_path / "two", tasks=["second", "first"]))) == ["first", "second"]
+    assert list(entries(save_chain(model, tmp_path / "all"))) == ["first", "second", "third"]
+    for tasks, message in (
+        (["third", "second"], "'third' was trained on top of 'first', which would not be"),
+        (["fourth"], "no task 'fourth' in the model. There are: 'first'"),
+        (["first", "first"], "named twice"),
+        ([], "no task to save"),
+    ):
+        with pytest.raises(ChainError, match=message):
+            save_chain(model, tmp_path / "none", tasks=tasks)
+    for other in (tiny("llama"), get_peft_model(tiny("llama"), LoraConfig(**settings()))):
+        with pytest.raises(ChainError, match="save_chain needs a PeftModel with ASO_LORA"):
+            save_chain(other, tmp_path / "none")
+    make_chain(tasks={"default": {}}).save_pretrained(str(tmp_path / "peft"))
+    (tmp_path / "file").touch()
+    for place, message in (("peft", "the folder of an adapter"), ("file", "is a file")):
+        with pytest.raises(ChainError, match=message):
+            save_chain(model, tmp_path / place)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a\\b", "a\0b", "a.b", "layers", "lora_A", "a b", "ä", "a-b:c"])
+def test_a_name_that_is_saved_is_one_that_loads(tmp_path: Path, name: str) -> None:
+    model = make_chain(tasks={"default": {}, "second": {}})
+    model.peft_config["default"].task_name = name
+    model.peft_config["second"].history, model.peft_config["second"].history_hashes = [name], None
+    model.base_model.refresh_history()
+    if name in ("a b", "ä", "a-b:c"):
+        assert torch.equal(logits(load(save_chain(model, tmp_path / "chain"))), logits(model))
+    else:
+        with pytest.raises(ChainError):
+            save_chain(model, tmp_path / "chain")
+        assert not (tmp_path / "chain").exists()
+
+
+def test_only_what_changed_is_written_anew(tmp_path: Path) -> None:
+    model = make_chain()
+    save_chain(model, tmp_path)
+    for name in ("notes.txt", "README.md", "second/mine.txt", "other/mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    randomize(model, "third")
+    save_chain(model, tmp_path)
+    digest = entries(tmp_path)["third"]["sha256"]
+    assert [entry["folder"] for entry in entries(tmp_path).values()] == ["first", "second", f"third-{digest[:8]}"]
+    assert not (tmp_path / "third").exists()
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.exists())
+    assert all((tmp_path / name).read_text() == "mine" for name in ("notes.txt", "README.md", "other/mine.txt"))
+    same_logits(load(tmp_path), model)
+    model.base_model.set_soft_coefficients({"first": 0.5, "second": 0.5})
+    save_chain(load(tmp_path), tmp_path)  # unchanged
+    save_chain(model, tmp_path)
+    assert entries(tmp_path)["third"]["folder"] == "third", "the name is free again"
+    assert load(tmp_path).base_model.soft_coefficients == {"first": 0.5, "second": 0.5}
+    add(model, "fourth", **settings())
+    (tmp_path / "fourth").mkdir()
+    save_chain(model, tmp_path)
+    assert entries(tmp_path)["fourth"]["folder"] != "fourth" and not os.listdir(tmp_path / "fourth")
+
+
+def test_tasks_are_not_lost_by_surprise(tmp_path: Path) -> None:
+    save_chain(make_chain(), tmp_path)
+    before = content(tmp_path)
+    for model, options in (
+        (make_chain(tasks={"first": {}}, seed=1), {}),
+        (make_chain(), {"tasks": ["first", "second"]}),
+    ):
+        with pytest.raises(ChainError, match="'third', which would be lost: nothing was written.*overwrite=True"):
+            save_chain(model, tmp_path, **options)
+        assert content(tmp_path) == before
+    longer = add(load(tmp_path), "fourth", **settings())
+    save_chain(longer, tmp_path)
+    remove_task(longer, "second")
+    save_chain(longer, tmp_path)
+    assert list(entries(tmp_path)) == ["first", "third", "fourth"] and not (tmp_path / "second").exists()
+    same_logits(load(tmp_path), longer)
+    other = make_chain(tasks={"mood": {}})
+    save_chain(other, tmp_path, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["chain.json", "mood"]
+    (tmp_path / "chain.json").write_text("{")
+    with pytest.raises(ChainError, match="not valid JSON.*overwrite=True"):
+        save_chain(other, tmp_path)
+    save_chain(other, tmp_path, overwrite=True)
+    same_logits(load(tmp_path), other)
+
+
+def test_what_chain_json_does_not_name_is_left_out_by_name(tmp_path: Path) -> None:
+    model = make_chain()
+    save_chain(model, tmp_path)
+    add(model, "fourth", **settings())
+    model.save_pretrained(str(tmp_path), selected_adapters=["fourth"])
+    with pytest.warns(UserWarning, match="the adapters 'fourth', which its chain.json does not name.*save_chain"):
+        loaded = load(tmp_path)
+    assert loaded.active_adapters == ["third"]
+    folders = [tmp_path / name for name in ("first", "second", "third", "fourth")]
+    save_chain(load_chain(tiny("llama"), folders), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not name")
+        with pytest.raises(UserWarning):  # the folder that it was added from is nobody's now
+            load(tmp_path)
+    assert entries(tmp_path)["fourth"]["folder"].startswith("fourth-")
+
+
+# ---- killed or out of disk at each step -------------------------------------------------------------------------
+
+STEPS: dict[str, tuple[str, int]] = {
+    **{f"the weights of task {n}": ("peft.peft_model.safe_save_file", n) for n in (1, 2, 3)},
+    **{f"chain.json, {n}": ("os.replace", n) for n in (1, 2, 3)},
+    **{f"into place, {n}": ("os.rename", n) for n in (1, 2, 3)},
+    "removing": ("shutil.rmtree", 7),
+}
+
+
+def counted(function: Any, call: int, then: Callable[[], None]) -> Any:
+    """The function, which does something else when it is called for that time."""
+    calls = []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            then()
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, step: str, then: Callable[[], None]) -> None:
+    name, call = STEPS[step]
+    module, _, attribute = name.rpartition(".")
+    target: Any = {"os": os, "shutil": shutil}.get(module) or __import__(module, fromlist=["_"])
+    monkeypatch.setattr(target, attribute, counted(getattr(target, attribute), call, then))
+
+
+def check_old_or_new(folder: Path, old: Any, new: Any) -> None:
+    loaded = load(folder)
+    expected = old if torch.equal(logits(loaded), logits(old)) else new
+    assert torch.equal(logits(loaded), logits(expected))
+    assert list(loaded.peft_config) == list(expected.peft_config)
+
+
+@pytest.mark.filterwarnings("error:.*does not name")
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_first: bool) -> None:
+    folder, old, new = tmp_path / "chain", make_chain(seed=1), make_chain(seed=2)
+    if not is_first:
+        save_chain(old, folder)
+    child = os.fork()
+    if child == 0:
+        try:
+            patched(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            save_chain(new, folder)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not is_first:
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        check_old_or_new(folder, old, new)
+    elif os.WIFSIGNALED(status):
+        try:
+            same_logits(load(folder), new)
+        except ChainError as error:
+            assert "no adapter in" in str(error) or "no task to load" in str(error)
+    save_chain(new, folder)
+    assert len(os.listdir(folder)) == 4, "what the killed save left is gone"
+    same_logits(load(folder), new)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "removing"])
+def test_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
+    folder, old, new = tmp_path / "chain", make_chain(seed=1), make_chain(seed=2)
+    save_chain(old, folder)
+
+    def fail() -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patched(patch, step, fail)
+        save_chain(new, folder)
+    check_old_or_new(folder, old, new)
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    save_chain(new, folder)
+    same_logits(load(folder), new)
+
+
+# ---- chain.json as a cross-check when loading -------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_chain(make_chain(), tmp_path / "chain")
+
+
+def check_strict(folder: Path, message: str) -> Any:
+    with pytest.raises(ChainError, match=f"(?s){message}.*strict=False"):
+        load(folder)
+    with pytest.warns(UserWarning, match=message):
+        return load(folder, strict=False)
+
+
+def test_changed_weights_scale_history_and_missing_task(folder: Path) -> None:
+    change_weights(folder / "second")
+    check_strict(folder, r"'second'.* other weights or another scale .*sha256")
+    save_chain(make_chain(), folder)
+    edit_config(folder / entries(folder)["second"]["folder"], lora_alpha=800)
+    check_strict(folder, "'second'.* other weights or another scale")
+    save_chain(make_chain(), folder)
+    edit_config(folder / "third", history=["first"])
+    model = check_strict(folder, r"'third'.* the history \['first'\], and chain.json has \['first', 'second'\]")
+    assert model.base_model.tasks.histories["third"] == ("first",)
+    shutil.rmtree(folder / "third")
+    assert check_strict(folder, "lists the task 'third'.*not there").active_adapters == ["second"]
+
+
+def test_same_values_in_another_dtype_are_not_changed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="'second' was trained on top of other weights of 'first' than are saved now"):
+        save_chain(make_chain().to(torch.bfloat16), tmp_path)
+    edit_weights(tmp_path / "second", lambda weights: weights.update({k: v.float() for k, v in weights.items()}))
+    load(tmp_path)
+
+
+def test_order_of_unrelated_tasks_is_that_of_chain_json(tmp_path: Path) -> None:
+    save_chain(make_chain(tasks={"zebra": {}, "apple": {"history": []}, "more": {"history": ["zebra"]}}), tmp_path)
+    assert list(load(tmp_path).peft_config) == ["zebra", "apple", "more"]
+
+
+def test_the_history_that_a_task_was_trained_on_is_checked_without_chain_json(folder: Path) -> None:
+    (folder / "chain.json").unlink()
+    hashes = json.loads((folder / "third" / CONFIG_NAME).read_text())["history_hashes"]
+    change_weights(folder / "first")
+    with pytest.raises(ChainError, match=f"'second' was trained on top of 'first' with the sha256 {hashes['first']}"):
+        load(folder)
+    with pytest.warns(UserWarning, match="'third' was trained on top of 'first'"):
+        loose = load(folder, strict=False)
+    assert loose.peft_config["third"].history_hashes["first"] == loose.base_model.adapter_hash("first")
+    save_chain(loose, folder.parent / "loose")
+    load(folder.parent / "loose")
+    edit_config(folder / "third", history_hashes=None)
+    edit_config(folder / "second", history_hashes=None)  # as earlier versions wrote it
+    load(folder)

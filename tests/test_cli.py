@@ -1,0 +1,142 @@
+"""Every command of `peft-aso`, on chains on disk and on the Hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_aso import export_merged, push_chain, save_chain
+from peft_aso.cli import main
+from tests.chain.chains import change_weights, edit_config, edit_weights, entries, logits, make_chain
+from tests.chain.conftest import hub  # noqa: F401
+from tests.chain.server import Hub
+from tests.tiny_models import tiny
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[Path, Path, Any]:
+    """A chain's folder, its base model's folder, and the chain itself."""
+    model = make_chain()
+    for task, similarities in {"second": {"first": 0.25}, "third": {"first": 0.5, "second": 0.125}}.items():
+        model.peft_config[task].similarities = similarities
+        model.peft_config[task].soft_coefficients = {old: 1 - w for old, w in similarities.items()}
+    tiny("llama").save_pretrained(tmp_path / "base")
+    return save_chain(model, tmp_path / "chain"), tmp_path / "base", model
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out if "--json" in arguments else captured.out + captured.err
+
+
+def test_inspect(places: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    chain, _, _ = places
+    code, text = run(capsys, "inspect", chain)
+    assert code == 0 and "3 tasks" in text and "first (0.50)" in text
+    code, text = run(capsys, "inspect", chain, "--json")
+    tasks = {task["task"]: task for task in json.loads(text)["tasks"]}
+    assert code == 0 and list(tasks) == ["first", "second", "third"]
+    assert all(task["sha256"] == entries(chain)[name]["sha256"] for name, task in tasks.items())
+    weights = load_file(chain / "first" / "adapter_model.safetensors")
+    assert tasks["first"]["weights"] == sum(tensor.numel() for tensor in weights.values())
+    assert tasks["third"]["history"] == ["first", "second"] and tasks["third"]["soft_coefficients"]["second"] == 0.875
+
+
+def test_verify(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, hub: Hub) -> None:  # noqa: F811
+    chain, base, model = places
+    push_chain(model, "user/chain", merged=False)
+    tiny("llama", hidden_size=64).save_pretrained(tmp_path / "wide")
+    for source in (chain, "user/chain"):
+        code, text = run(capsys, "verify", source, "--base", base)
+        assert code == 0 and text.count("ok ") == 3
+    code, text = run(capsys, "verify", chain, "--base", tmp_path / "wide")
+    assert code == 1 and text.count("WRONG") == 3
+    change_weights(chain / "third")
+    (chain / "first" / "adapter_config.json").write_text("{")
+    third = (chain / "third" / "adapter_model.safetensors").read_bytes()
+    hub.put("user/chain", {"third/adapter_model.safetensors": third, "first/adapter_config.json": b"{"})
+    for source in (chain, "user/chain"):
+        code, text = run(capsys, "verify", source)
+        lines = {line.split()[1][:-1]: line for line in text.splitlines() if line.startswith(("ok ", "WRONG "))}
+        assert code == 1 and list(lines) == ["first", "second", "third"], "every task is checked"
+        assert "not valid JSON" in lines["first"] and lines["second"].startswith("ok") and "sha256" in lines["third"]
+        found = json.loads(run(capsys, "verify", source, "--json")[1])
+        assert not found["well"] and not found["tasks"]["second"] and found["tasks"]["third"]
+    edit_config(chain / "second", lora_alpha=800)
+    assert "another scale" in run(capsys, "verify", chain)[1]
+    edit_config(chain / "second", use_dora=True)
+    assert "cannot be part of a chain" in run(capsys, "verify", chain)[1]
+    edit_weights(chain / "second", lambda weights: next(iter(weights.values())).fill_(float("nan")))
+    assert "NaN" in run(capsys, "verify", chain)[1]
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_merge_and_export(capsys: pytest.CaptureFixture[str], tmp_path: Path, task_type: str | None) -> None:
+    """Without a task type, the class that the chain was trained in."""
+    model = make_chain(tasks={name: {"task_type": task_type} for name in ("first", "second", "third")})
+    chain, base = save_chain(model, tmp_path / "chain"), tmp_path / "base"
+    tiny("llama").save_pretrained(base)
+    assert run(capsys, "verify", chain, "--base", base)[0] == 0
+    assert run(capsys, "merge", chain, "--base", base, "--out", tmp_path / "merged", "--dtype", "float32")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+    out = tmp_path / "served"
+    assert run(capsys, "export", chain, "--base", base, "--out", out, "--tasks", "first,third")[0] == 0
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    both = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "both", tasks=["first", "third"]))
+    torch.testing.assert_close(logits(served), logits(both), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("named", ["set_seed", "os", "__doc__", 3])
+def test_only_models_of_transformers_are_taken_from_a_config(
+    places: Any, capsys: pytest.CaptureFixture[str], named: object
+) -> None:
+    chain, base, _ = places
+    mapping = {"base_model_class": named, "parent_library": "os"}
+    for task in ("first", "second", "third"):
+        edit_config(chain / task, task_type=None, auto_mapping=mapping)
+    code, text = run(capsys, "verify", chain, "--base", base)
+    assert code == 1 and "no module" in text, "as AutoModel has it"
+
+
+def test_report_and_push(places: Any, hub: Hub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # noqa: F811
+    chain, base, model = places
+    assert run(capsys, "report", chain, "--out", tmp_path / "report")[0] == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "similarity.png" in page and (tmp_path / "report" / "similarity.png").stat().st_size > 1000
+    assert "first 0.50, second 0.88" in page
+    code, text = run(capsys, "push", chain, "user/chain", "--base", base, "--private", "--json")
+    assert code == 0 and json.loads(text) == {"user/chain": hub.repos["user/chain"].head}
+    assert hub.repos["user/chain"].private
+    code, text = run(capsys, "inspect", "user/chain")
+    assert code == 0 and f"user/chain@{hub.repos['user/chain'].head[:7]}" in text
+    push_chain(model, "user/tasks", per_task=True)
+    code, text = run(capsys, "verify", "user/tasks-third")
+    assert code == 0 and text.count("ok ") == 3
+
+
+def test_what_goes_wrong_has_a_status(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chain, _, _ = places
+    for arguments in (
+        ("inspect", tmp_path / "none"),
+        ("merge", chain, "--out", tmp_path / "out"),
+        ("export", chain, "--out", tmp_path / "out", "--base", tmp_path / "no-model"),
+        ("inspect", chain, "--revision", "main"),
+    ):
+        code, text = run(capsys, *arguments)
+        assert code == 1 and "error: " in text
+    code, text = run(capsys, "inspect", tmp_path / "none", "--json")
+    assert code == 1 and "error" in json.loads(text)
+    assert run(capsys, "merge", chain)[0] == 2
+    text = subprocess.run([sys.executable, "-m", "peft_aso.cli", "--help"], capture_output=True, text=True).stdout
+    assert all(name in text for name in ("inspect", "verify", "merge", "export", "push", "report", "Exit status"))
