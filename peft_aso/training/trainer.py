@@ -71,7 +71,6 @@ class ASOTrainerMixin:
                 "DeepSpeed's ZeRO-3 takes the weights apart, and the penalty and the attribution read them outside of "
                 "the forward pass. Use ZeRO-2 or FSDP2, which shards the weights too (docs/distributed.md)."
             )
-        self._operations: float | None = None  # floating point operations for each element of the inputs
         self._coefficient_callback = ASOCallback()
         self.add_callback(self._coefficient_callback)
         self._clear_sums()
@@ -160,16 +159,6 @@ class ASOTrainerMixin:
             self._clear_sums()
         super().log(logs, start_time)  # type: ignore[misc]
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """As the Trainer's, proportional to the inputs. It walks over all adapters, which takes 65 ms for 100 of them:
-        here once a run."""
-        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        if not torch.is_tensor(main) or main.numel() == 0:
-            return super().floating_point_ops(inputs)  # type: ignore[misc]
-        if self._operations is None:
-            self._operations = super().floating_point_ops(inputs) / main.numel()  # type: ignore[misc]
-        return self._operations * main.numel()
-
     # ---- the start of a run --------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +169,6 @@ class ASOTrainerMixin:
             ValueError: the task cannot be trained as it is; or nothing that trains is in the optimizer.
         """
         self._clear_sums()
-        self._operations = None
         tuner, settings = self.tuner, self.args
         check_trainable(tuner)
         if needs_inputs(tuner.peft_config[tuner.current_task].project_init) and is_untrained(tuner):
