@@ -32,7 +32,17 @@ from .training import (
     initialize_from_inputs,
     update_coefficients,
 )
-from .tuner import ASOLoraConfig, ASOLoraModel, AttributionConfig, HistoryError, MissingHistoryError
+from .tuner import (
+    ASOLoraConfig,
+    ASOLoraModel,
+    AttributionConfig,
+    HistoryError,
+    LowRank,
+    MissingHistoryError,
+    register_merge,
+    register_penalty,
+    register_start,
+)
 
 register()
 
@@ -57,6 +67,7 @@ __all__ = [
     "ChainError",
     "Coefficients",
     "HistoryError",
+    "LowRank",
     "MissingHistoryError",
     "compute_attribution",
     "export_lora",
@@ -67,6 +78,9 @@ __all__ = [
     "metrics",
     "plots",
     "push_chain",
+    "register_merge",
+    "register_penalty",
+    "register_start",
     "remove_task",
     "save_chain",
     "similarity",

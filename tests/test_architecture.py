@@ -16,7 +16,7 @@ PACKAGE = "peft_aso"
 ORDER = """
 sharding, metrics < plots
 attribution: config, vector < quadrature, similarity, neurons < answer < integrated_gradients, shared_attention < fast
-tuner: config, low_rank < penalties, starts < history < layer < model
+tuner: low_rank < penalties, starts < config, history, adapter_file < layer < model
 registration
 training: coefficients < callback, init_from_inputs < trainer
 chain: manifest < save, export < hub < load
@@ -36,7 +36,7 @@ FORBIDDEN = {
     **dict.fromkeys(("sharding", "tuner.low_rank", "tuner.penalties", "tuner.starts"), {"transformers", "peft"}),
 }
 PUBLIC = {PACKAGE, f"{PACKAGE}.attribution", f"{PACKAGE}.metrics", f"{PACKAGE}.plots"}
-MAX_LINES = 600
+MAX_LINES = 800
 UNFINISHED = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK"]) + r")\b")
 
 

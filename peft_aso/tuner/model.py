@@ -149,8 +149,9 @@ class ASOLoraModel(LoraModel):
         return module
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter that no other adapter is built on. If it is active, the last task of its history is active
-        next.
+        """Delete an adapter that no other adapter is built on.
+
+        If it is active, the last task of its history is active next.
 
         Raises:
             HistoryError: the adapter is in another adapter's history.
@@ -509,8 +510,7 @@ class ASOLoraModel(LoraModel):
 
         Raises:
             ValueError: a task of the history is missing in `psi`, an unknown one is in it, a value is not finite, or
-            the
-                numbers of values do not agree with each other or with the model's layers.
+                the numbers of values do not agree with each other or with the model's layers.
         """
         config = self.peft_config[self.current_task]
         named = {adapter_of(name, self.peft_config) or name: value for name, value in psi.items()}
@@ -536,8 +536,10 @@ class ASOLoraModel(LoraModel):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def orthogonality_penalty(self) -> torch.Tensor:
         """Eq. 7 for the current task (or another registered penalty), without lambda, which is
-        `peft_config[task].resolved_penalty_weight`: a float32 scalar with gradients to the task's A; 0 without
-        history.
+        `peft_config[task].resolved_penalty_weight`.
+
+        Returns:
+            A float32 scalar with gradients to the task's A; 0 without history.
 
         Raises:
             MissingHistoryError: a task of the history is not loaded.
@@ -592,11 +594,8 @@ class ASOLoraModel(LoraModel):
 
     def norm_penalty(self) -> torch.Tensor:
         """The sum of the norms of the current adapter's matrices: O-LoRA's second term, weighted by `l2_weight`."""
-        matrices = [
-            m
-            for layer in self.lora_layers([self.current_task]).values()
-            for m in matrices_of(layer, self.current_task)
-        ]
+        task = self.current_task
+        matrices = [matrix for layer in self.lora_layers([task]).values() for matrix in matrices_of(layer, task)]
         return torch.stack([torch.linalg.vector_norm(full_tensor(matrix).float()) for matrix in matrices]).sum()
 
     # ---- merging (Eq. 3) -------------------------------------------------------------------------------------------
