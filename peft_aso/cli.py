@@ -15,8 +15,8 @@ import typer
 from transformers import PreTrainedModel
 
 from .chain import ChainError, export_lora, export_merged, load_chain, push_chain
-from .chain.export import base_view
-from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, mean_of, most_like
+from .chain.export import PREFIX
+from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, most_like
 from .chain.load import check_fit, in_order
 from .chain.manifest import AdapterFile, Place, mismatch, read_adapter
 from .tuner.adapter_file import weights_hash
@@ -84,17 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @command
 def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Show tasks, ranks, sizes, similarities and hashes."""
-    tasks = [_about(adapter) for adapter in in_order(map(read_adapter, _places(source, revision)))]
+    tasks, table = _overview(source, revision)
     base = next((task["base_model"] for task in tasks if task["base_model"]), None)
-    rows = [["", "task", "rank", "weights", "MB", "most like (w)", "sha256", "from"]]
-    for number, task in enumerate(tasks, start=1):
-        origin = task["origin"]
-        about = [number, task["task"], task["rank"], f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}"]
-        about += [most_like(task), task["sha256"][:12]]
-        rows.append([*map(str, about), f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""])
     total = sum(task["bytes"] for task in tasks) / 1e6
     title = f"{source}: {len(tasks)} tasks, {total:.1f} MB, base model {base or 'not named'}"
-    return f"{title}\n\n{markdown(rows)}", {"source": source, "base_model": base, "tasks": tasks}, True
+    return f"{title}\n\n{table}", {"source": source, "base_model": base, "tasks": tasks}, True
 
 
 @command
@@ -109,15 +103,14 @@ def verify(source: Source, base: Shapes = None, revision: Revision = None, as_js
             checks[adapters[-1].name] = []
         except ChainError as error:
             checks[place.entry["task"] if place.entry else place.path.name] = [str(error)]
-    view = None if base is None or not adapters else base_view(_without_weights(adapters, base))
     for adapter in adapters:
         try:
             tensors = adapter.tensors()
             obstacle = next(iter(chain_obstacles(adapter.config)), None)
             if len(adapters) > 1 and obstacle is not None:
                 raise ChainError(f"it cannot be part of a chain: {obstacle}")
-            if view is not None:
-                check_fit(adapter, tensors, view)
+            if base is not None:
+                check_fit(adapter, tensors, _without_weights(adapters, base))
             if difference := mismatch(adapter, tensors):
                 raise ChainError(difference)
         except ChainError as error:
@@ -132,7 +125,7 @@ def verify(source: Source, base: Shapes = None, revision: Revision = None, as_js
     lines = []
     for task, found in checks.items():
         compared = ", hash and history as in chain.json" if task in listed else ""
-        shapes = f", shapes as in {base}" if view is not None else ""
+        shapes = f", shapes as in {base}" if base is not None else ""
         lines += [f"WRONG   {task}: {problem}" for problem in found] or [f"ok      {task}: finite{compared}{shapes}"]
     lines += [f"WRONG   {problem}" for problem in problems]
     lines += [] if listed else ["note    there is no chain.json: hashes cannot be compared"]
@@ -180,17 +173,12 @@ def push(
 @command
 def report(source: Source, out: Out, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Write a Markdown page with the picture of the similarities."""
-    tasks = [_about(adapter) for adapter in in_order(map(read_adapter, _places(source, revision)))]
+    tasks, table = _overview(source, revision)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [["", "task", "rank", "weights", "history", "psi", "sha256"]]
-    for number, task in enumerate(tasks, start=1):
-        psi = ", ".join(f"{old} {mean_of(value):.2f}" for old, value in (task["soft_coefficients"] or {}).items())
-        about = [number, task["task"], task["rank"], f"{task['weights']:,}", ", ".join(task["history"]), psi]
-        rows.append([*map(str, about), f"`{task['sha256'][:12]}`"])
     picture = "No picture: there are no similarities, or matplotlib is not installed (peft-aso[plots])."
     if draw(tasks, out / PICTURE):
         picture = f"![similarity of the tasks]({PICTURE})"
-    page = [f"# {source}: {len(tasks)} tasks", markdown(rows), picture]
+    page = [f"# {source}: {len(tasks)} tasks", table, picture]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return _written(out / "report.md", "report")
 
@@ -209,21 +197,27 @@ def _places(source: str, revision: str | None) -> list[Place]:
     return find(source, Access(revision=revision))
 
 
-def _about(adapter: AdapterFile) -> dict[str, Any]:
-    tensors, config = adapter.tensors(), adapter.config
-    own = [tensor for name, tensor in tensors.items() if name.startswith("base_model.")]
-    return {
-        "task": adapter.name,
-        "history": adapter.history,
-        "rank": config.r,
-        "weights": sum(tensor.numel() for tensor in own),
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-        "similarities": getattr(config, "similarities", None),
-        "soft_coefficients": getattr(config, "soft_coefficients", None),
-        "sha256": weights_hash(tensors, config),
-        "base_model": config.base_model_name_or_path,
-        "origin": adapter.place.origin or getattr(config, "origin", None),
-    }
+def _overview(source: str, revision: str | None) -> tuple[list[dict[str, Any]], str]:
+    """What `inspect` prints of each task as JSON, and as a table."""
+    tasks = []
+    rows = [["", "task", "rank", "weights", "MB", "most like (w)", "largest psi", "sha256", "from"]]
+    for number, adapter in enumerate(in_order(map(read_adapter, _places(source, revision))), start=1):
+        tensors, config = adapter.tensors(), adapter.config
+        origin = adapter.place.origin or getattr(config, "origin", None)
+        task = {
+            "task": adapter.name, "history": adapter.history, "rank": config.r,
+            "sha256": weights_hash(tensors, config),
+            "weights": sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(PREFIX)),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "similarities": getattr(config, "similarities", None), "origin": origin,
+            "soft_coefficients": getattr(config, "soft_coefficients", None),
+            "base_model": config.base_model_name_or_path,
+        }  # fmt: skip
+        tasks.append(task)
+        about = [number, task["task"], task["rank"], f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}"]
+        about += [most_like(task["similarities"]), most_like(task["soft_coefficients"]), f"`{task['sha256'][:12]}`"]
+        rows.append([*map(str, about), f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""])
+    return tasks, markdown(rows)
 
 
 def _loaded(source: str, base: str | None, revision: str | None) -> tuple[Any, str]:

@@ -46,7 +46,7 @@ def test_a_chain_in_one_repository(hub: Hub) -> None:
     assert tasks | {"chain.json", "README.md", "similarity.png"} <= set(files)
     card = files["README.md"].decode()
     assert "base_model_relation: adapter" in card and "library_name: peft" in card and "71.2" in card
-    assert 'load_chain(base, "user/chain")' in card and "second (0.75)" in card
+    assert '"user/chain")  # all tasks' in card and "second (0.75)" in card
     found = load("user/chain")
     same_logits(found, model)
     assert found.peft_config["second"].origin["revision"] == commits["user/chain"]
@@ -94,7 +94,7 @@ def test_a_repository_a_task_pins_its_history(hub: Hub) -> None:
     same_logits(load(list(commits)), model)
     with pytest.warns(UserWarning, match=r"on top of \['first', 'second'\]"):
         found = PeftModel.from_pretrained(tiny("llama"), "user/chain-third")
-    with pytest.raises(MissingHistoryError, match=r"'first', 'second'.*load_chain\(base, 'user/chain-third'\)"):
+    with pytest.raises(MissingHistoryError, match=r"'first', 'second'.*load_chain"):
         logits(found)
     with pytest.warns(UserWarning, match=r"on top of \['first'\]"):
         found.load_adapter("user/chain-second", adapter_name="b")
@@ -138,18 +138,6 @@ def test_others_go_on_with_a_chain_and_pin_what_they_went_on_with(hub: Hub, tmp_
         load(["bob/more-fourth", folder / "first", tmp_path / "local" / "first"])
     push_chain(make_chain(tasks={"first": {}}), "alice/first")
     same_logits(load(["alice/first", *(folder / task for task in ("second", "third", "fourth"))]), model)
-
-
-def test_another_history_than_the_one_trained_on_is_an_error_with_both_hashes(hub: Hub) -> None:
-    push_chain(make_chain(), "user/chain", per_task=True)
-    push_chain(make_chain(tasks={"first": {}}, seed=5), "eve/chain", per_task=True)
-    hashes = [tasks_in(hub, repo)[0]["sha256"] for repo in ("user/chain-first", "eve/chain-first")]
-    for sources in (["eve/chain-first", "user/chain-second"], ["user/chain-second", "eve/chain-first"]):
-        with pytest.raises(ChainError, match=f"trained on top of 'first' with the sha256 {hashes[0]}.* {hashes[1]}"):
-            load(sources)
-    with pytest.warns(UserWarning, match="trained on top of 'first'"):
-        load(["eve/chain-first", "user/chain-second"], strict=False)
-    load("user/chain-second")
 
 
 @pytest.fixture
@@ -219,29 +207,13 @@ def test_who_may_not_write_or_read(hub: Hub) -> None:
     same_logits(load("user/chain", token=TOKEN), model)
 
 
-@pytest.mark.parametrize("harm", ["a folder outside", "a pickle", "a broken config"])
-def test_a_repository_that_means_harm(hub: Hub, tmp_path: Path, harm: str) -> None:
+def test_a_repository_with_a_pickle(hub: Hub) -> None:
     push_chain(make_chain(), "eve/chain", merged=False)
-    content = hub.files("eve/chain")["chain.json"].replace(b'"folder": "second"', b'"folder": "../../outside"')
-    pickled: dict[str, bytes | None] = {
-        "second/adapter_model.safetensors": None,
-        "second/adapter_model.bin": b"\x80\x04",
-    }
-    files, message = {
-        "a folder outside": ({"chain.json": content}, "cannot be the name"),
-        "a pickle": (pickled, "has no file adapter_model.safetensors"),
-        "a broken config": ({"second/adapter_config.json": b"["}, "not valid JSON"),
-    }[harm]
-    hub.put("eve/chain", files)
+    hub.put("eve/chain", {"second/adapter_model.safetensors": None, "second/adapter_model.bin": b"\x80\x04"})
     hub.requests.clear()
-    base = tiny("llama")
-    with pytest.raises(ChainError, match=message):
-        load_chain(base, "eve/chain")
-    assert not hasattr(base, "peft_config") and not any(".bin" in path for _, path in hub.requests)
-    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
-
-
-# ---- a task is taken out or exchanged ---------------------------------------------------------------------------
+    with pytest.raises(ChainError, match="has no file adapter_model.safetensors"):
+        load("eve/chain")
+    assert not any(".bin" in path for _, path in hub.requests), "it is not even fetched"
 
 
 def test_a_removed_task_goes_from_the_hub_and_only_then(hub: Hub) -> None:
