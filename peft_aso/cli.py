@@ -94,43 +94,35 @@ def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) 
 @command
 def verify(source: Source, base: Shapes = None, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Check hashes, finite values and that the history is complete; with --base, shapes too."""
-    places = _places(source, revision)
-    checks: dict[str, list[str]] = {}
-    adapters: list[AdapterFile] = []
+    places, adapters, checks = _places(source, revision), [], dict[str, str]()
     for place in places:  # every task is checked, whatever is wrong with the others
+        task = place.entry["task"] if place.entry else place.path.name
+        checks[task] = ""
         try:
-            adapters.append(read_adapter(place))
-            checks[adapters[-1].name] = []
-        except ChainError as error:
-            checks[place.entry["task"] if place.entry else place.path.name] = [str(error)]
-    for adapter in adapters:
-        try:
+            adapter = read_adapter(place)
+            adapters.append(adapter)
             tensors = adapter.tensors()
-            obstacle = next(iter(chain_obstacles(adapter.config)), None)
-            if len(adapters) > 1 and obstacle is not None:
-                raise ChainError(f"it cannot be part of a chain: {obstacle}")
+            for reason in chain_obstacles(adapter.config) if len(places) > 1 else ():
+                raise ChainError(f"it cannot be part of a chain: {reason}")
             if base is not None:
-                check_fit(adapter, tensors, _without_weights(adapters, base))
-            if difference := mismatch(adapter, tensors):
-                raise ChainError(difference)
+                check_fit(adapter, tensors, _without_weights(adapter, base))
+            checks[task] = mismatch(adapter, tensors) or ""
         except ChainError as error:
-            checks[adapter.name].append(str(error))
-    problems = []
+            checks[task] = str(error)
+    problem = ""
     try:
         if not any(checks.values()):
             in_order(adapters)
     except ChainError as error:
-        problems.append(str(error))
-    listed = {place.entry["task"] for place in places if place.entry}
-    lines = []
-    for task, found in checks.items():
-        compared = ", hash and history as in chain.json" if task in listed else ""
-        shapes = f", shapes as in {base}" if base is not None else ""
-        lines += [f"WRONG   {task}: {problem}" for problem in found] or [f"ok      {task}: finite{compared}{shapes}"]
-    lines += [f"WRONG   {problem}" for problem in problems]
-    lines += [] if listed else ["note    there is no chain.json: hashes cannot be compared"]
-    is_well = not problems and not any(checks.values())
-    return "\n".join(lines), {"well": is_well, "tasks": checks, "chain": problems}, is_well
+        problem = str(error)
+    shapes = f", shapes as in {base}" if base is not None else ""
+    lines = [
+        f"WRONG   {task}: {found}" if found else f"ok      {task}: finite{shapes}" for task, found in checks.items()
+    ]
+    lines += [f"WRONG   {problem}"] if problem else []
+    lines += [] if any(place.entry for place in places) else ["note    no chain.json: hashes cannot be compared"]
+    is_well = not problem and not any(checks.values())
+    return "\n".join(lines), {"well": is_well, "tasks": checks, "chain": problem}, is_well
 
 
 @command
@@ -227,20 +219,20 @@ def _loaded(source: str, base: str | None, revision: str | None) -> tuple[Any, s
     name = base or next(filter(None, named), None)
     if name is None:
         raise ChainError("The chain does not name its base model. Give one with --base.")
-    model = _model_class(adapters).from_pretrained(name, dtype="auto")
+    model = _model_class(adapters[-1]).from_pretrained(name, dtype="auto")
     return load_chain(model, source, revision=revision), name
 
 
-def _without_weights(adapters: Sequence[AdapterFile], name: str) -> Any:
+def _without_weights(adapter: AdapterFile, name: str) -> Any:
     """The base model on the meta device; only its config is read."""
-    chosen, config = _model_class(adapters), transformers.AutoConfig.from_pretrained(name)
+    chosen, config = _model_class(adapter), transformers.AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return chosen(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
 
 
-def _model_class(adapters: Sequence[AdapterFile]) -> Any:
-    """The Auto class of the newest adapter's task type; without one the class that it was trained in."""
-    config = adapters[-1].config
+def _model_class(adapter: AdapterFile) -> Any:
+    """The Auto class of an adapter's task type; without one the class that it was trained in."""
+    config = adapter.config
     kind = getattr(config.task_type, "value", config.task_type)
     name = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None

@@ -89,7 +89,7 @@ def export_lora(
     if tuner is None:
         raise ChainError("export_lora needs a PeftModel with ASO_LORA adapters.")
     if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
-        raise ChainError(f"max_rank={max_rank!r} must be a whole number of at least 1, or None for the exact sum.")
+        raise ChainError(f"max_rank={max_rank!r} must be an integer of at least 1, or None for the exact sum.")
     path = Path(folder)
     _check_target(path, dtype, _LORA_TITLE)
     names = _selected(tuner, tasks)
@@ -192,9 +192,11 @@ def _relative_error(exact: Mapping[str, LowRank], written: Mapping[str, LowRank]
 
 
 def _check_finite(weights: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in weights.items():
-        if not is_finite(tensor):
-            raise ChainError(f"{name} holds NaN or Inf in {tensor.dtype}. Try torch.float32, or leave a task out.")
+    broken = next((name for name, tensor in weights.items() if not is_finite(tensor)), None)
+    if broken is not None:
+        raise ChainError(
+            f"{broken} holds NaN or Inf in {weights[broken].dtype}. Try torch.float32, or give tasks=[...]."
+        )
 
 
 def _config(

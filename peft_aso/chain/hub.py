@@ -129,15 +129,13 @@ def push_chain(
             `remove_task` allows it for its task.
         accuracy: of tasks, in percent, for the card.
         private: of a repository that is made.
-        token: None: the one of `hf auth login`.
-        commit_message: None: one that names the newest task.
+        token, commit_message: as in huggingface_hub; by default a message that names the newest task.
 
     Returns:
         Repository to the commit that holds the chain now.
 
     Raises:
-        ChainError: before anything is pushed: what `save_chain` and `export_lora` refuse, or a repository that lists
-            other tasks.
+        ChainError: before anything is pushed: what `save_chain` and `export_lora` refuse, or tasks would be lost.
         huggingface_hub.errors.HfHubHTTPError: no right to write; somebody else pushed in between (status 412); the
             connection broke. That repository is as it was; with `per_task` those of earlier tasks are pushed.
     """

@@ -74,8 +74,8 @@ def load_chain(
             ("user/chain"), or a list of adapter folders and ids, oldest first.
         tasks: load only these tasks, and what they were trained on top of. None: all.
         trainable: whether the newest task can be trained on. Its history is frozen either way.
-        strict: whether weights or histories that differ from what `chain.json` has, or from those that a task was
-            trained on top of, are an error; else a warning.
+        strict: whether other weights or histories than in `chain.json`, or than a task was trained on top of, are an
+            error; else a warning.
         autocast_adapter_dtype: as in PEFT: float32 adapter weights where the model is in half precision.
         revision, token, cache_dir, local_files_only: as in huggingface_hub; a revision of a single repository.
 
@@ -84,9 +84,8 @@ def load_chain(
         task's name.
 
     Raises:
-        ChainError: no such folder or repository, unreadable or unsafe files, NaN or Inf, another base model, a history
-            that is missing or cyclic, or has other weights than the ones trained on, two folders with one task, a name
-            that cannot be used, a base model that has adapters already. The model is as before then.
+        ChainError: files that are missing, unsafe, damaged or of another base model; a history that is missing, cyclic
+            or has other weights; a name that cannot be used. The model is as before then.
         ValueError: a revision for more than one repository.
         huggingface_hub.errors.HfHubHTTPError: what goes wrong on the way from the Hub.
     """
@@ -105,13 +104,8 @@ def load_chain(
     _warn_of_other_bases(adapters, base)
     loaded, hashes = [], dict[str, str]()
     for adapter in tqdm(adapters, desc="Reading the chain", leave=False, disable=len(adapters) < 5):
-        tensors = adapter.tensors()
-        if difference := mismatch(adapter, tensors):
-            warn_or_raise(f"{adapter.name!r} in {adapter.place.path} has {difference}. Restore it.", strict)
-        check_history_hashes(adapter, hashes, strict)
+        tensors = _checked(adapter, hashes, strict)
         hashes[adapter.name] = adapter_hash(tensors, adapter.config)
-        if adapter.place.origin is not None:
-            adapter.config.origin = {**adapter.place.origin, "sha256": weights_hash(tensors, adapter.config)}
         loaded.append((adapter, tensors))
     newest = adapters[-1].name
     with _put_back_on_error(base, None, [adapter.name for adapter in adapters]):
@@ -142,9 +136,8 @@ def load_history(
         the loaded one, frozen.
 
     Raises:
-        ChainError: as `load_chain`; an adapter that cannot be summed with others (DoRA, trained biases, PiSSA and
-            others that change the base weights); a name that is taken; a history that is not in the model, or has
-            other weights there. The model is as before then.
+        ChainError: as `load_chain`; an adapter that cannot be summed with others, a name that is taken, a history that
+            is not in the model. The model is as before then.
     """
     is_bare = not isinstance(model, PeftModel)
     if not is_bare and not isinstance(model.base_model, ASOLoraModel) or is_bare and _has_adapters(model):
@@ -168,8 +161,7 @@ def load_history(
         names = ", ".join(map(repr, lacking))
         raise ChainError(f"{adapter.name!r} was trained on top of {names}, which the model lacks. Load them first.")
     _warn_of_other_bases([adapter], inner)
-    check_history_hashes(adapter, _hashes_in(model, adapter.history), strict=True)
-    tensors, config = adapter.tensors(), adapter.config
+    tensors, config = _checked(adapter, _hashes_in(model, adapter.history), strict=True), adapter.config
     if adapter.is_stock:
         settings = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
         config = ASOLoraConfig(**settings, history=[])
@@ -220,17 +212,12 @@ def update_task(
         raise ChainError(
             f"{task!r} of {source} was trained on top of {there}, and this one on {here}. Load that chain."
         )
-    tensors = new.tensors()
-    if difference := mismatch(new, tensors):
-        warn_or_raise(f"{task!r} of {source} has {difference}. Restore it.", strict)
-    check_history_hashes(new, _hashes_in(model, new.history), strict)
+    tensors = _checked(new, _hashes_in(model, new.history), strict)
     with _explained([new]):
         tensors = fitting(model, name, new, tensors, base_weights(model.base_model.model))
-    origin = new.place.origin and {**new.place.origin, "sha256": weights_hash(tensors, new.config)}
     model.base_model.attribution.pop(name, None)
-    for field in ("similarities", "soft_coefficients", "attribution_layout", "history_hashes"):
+    for field in ("similarities", "soft_coefficients", "attribution_layout", "history_hashes", "origin"):
         setattr(config, field, getattr(new.config, field))
-    config.origin = origin or new.config.origin
     set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
     for later in model.peft_config.values():
         if later.history_hashes and task in later.history_hashes:
@@ -289,17 +276,22 @@ def in_order(adapters: Iterable[AdapterFile], tasks: Sequence[str] | None = None
     return [by_name[name] for name in order]
 
 
-def check_history_hashes(adapter: AdapterFile, hashes: Mapping[str, str], strict: bool) -> None:
-    """Compare `adapter_hash` of what is there, by task, with the history that the adapter was trained on top of.
+def _checked(adapter: AdapterFile, hashes: Mapping[str, str], strict: bool) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, compared with `chain.json` and its history (`hashes`: task -> what is there).
 
     A difference is a `ChainError` if strict, else a warning, and the config gets the hashes that are there.
     """
-    expected = getattr(adapter.config, "history_hashes", None) or {}
-    for task, digest in expected.items():
+    tensors, config = adapter.tensors(), adapter.config
+    if difference := mismatch(adapter, tensors):
+        warn_or_raise(f"{adapter.name!r} in {adapter.place.path} has {difference}. Restore it.", strict)
+    for task, digest in (getattr(config, "history_hashes", None) or {}).items():
         if hashes.get(task, digest) != digest:
             text = f"{adapter.name!r} was trained on top of {task!r} with the sha256 {digest}, not {hashes[task]}."
             warn_or_raise(f"{text} Load the version that it was trained on.", strict)
-            adapter.config.history_hashes = {**adapter.config.history_hashes, task: hashes[task]}
+            config.history_hashes = {**config.history_hashes, task: hashes[task]}
+    if adapter.place.origin is not None:
+        config.origin = {**adapter.place.origin, "sha256": weights_hash(tensors, config)}
+    return tensors
 
 
 def _hashes_in(model: Any, tasks: Iterable[str]) -> dict[str, str]:

@@ -97,12 +97,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     from .. import __version__
 
     content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "peft_aso_version": __version__,
-        "base_model_name_or_path": manifest.base_model,
-        "tasks": list(manifest.tasks.values()),
-    }
+        "format": FORMAT, "format_version": FORMAT_VERSION, "peft_aso_version": __version__,
+        "base_model_name_or_path": manifest.base_model, "tasks": list(manifest.tasks.values()),
+    }  # fmt: skip
     with staging(folder) as stage:
         (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         flush(stage)

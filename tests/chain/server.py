@@ -178,8 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"id": name, "sha": head, "siblings": [{"rfilename": path} for path in sorted(files)]})
 
     def tree(self, name: str, revision: str) -> None:
-        _, files = self.at(name, revision)
-        self.send(200, [entry(path, data) for path, data in sorted(files.items())])
+        self.send(200, [entry(path, data) for path, data in sorted(self.at(name, revision)[1].items())])
 
     def preupload(self, name: str, revision: str) -> None:
         files, asked = self.repo(name, write=True).commits[-1][1], json.loads(self.body)["files"]

@@ -57,24 +57,18 @@ def loaded_by_peft(base: Any, folder: Path, tasks: list[str], autocast: bool = T
     return model.eval()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bert"])
 @pytest.mark.parametrize("own_saving", [True, False])
-def test_loaded_is_saved(architecture: str, own_saving: bool, tmp_path: Path) -> None:
-    model = make_chain(architecture, MIXED)
+def test_loaded_is_saved(own_saving: bool, tmp_path: Path) -> None:
+    model = make_chain("llama", MIXED)
     model.base_model.attribution["second"] = torch.randn(24)
     model.peft_config["second"].attribution_layout = LAYOUT
-    if own_saving:
-        save_chain(model, tmp_path)
-    else:
-        model.save_pretrained(str(tmp_path))
+    save_chain(model, tmp_path) if own_saving else model.save_pretrained(str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        loaded = load_chain(tiny(architecture), tmp_path)
+        loaded = load_chain(tiny("llama"), tmp_path)
     assert loaded.active_adapters == ["third"] and list(loaded.peft_config) == ["first", "second", "third"]
     assert loaded.base_model.tasks.histories == model.base_model.tasks.histories
     assert loaded.base_model.attribution.keys() == {"second"}
-    expected, found = adapter_weights(model), adapter_weights(loaded)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     for task in MIXED:
         model.set_adapter(task)
         loaded.set_adapter(task)
@@ -121,8 +115,7 @@ def test_random_chains_are_what_peft_loads(architecture: str, tmp_path: Path, fr
 
 @pytest.mark.parametrize("saved_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
+    ("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)]
 )
 @pytest.mark.filterwarnings("ignore:.*than are saved now")
 def test_dtypes(dtype: torch.dtype, autocast: bool, saved_dtype: torch.dtype, tmp_path: Path) -> None:
@@ -135,20 +128,16 @@ def test_dtypes(dtype: torch.dtype, autocast: bool, saved_dtype: torch.dtype, tm
         assert torch.equal(weight, held.to(weight.dtype)), "not rounded to the base model's dtype on the way"
 
 
-def test_trainable_or_frozen(tmp_path: Path) -> None:
-    for architecture in ("llama", "bert"):
-        make_chain(architecture).save_pretrained(str(tmp_path / architecture))
-        model = load_chain(tiny(architecture), tmp_path / architecture)
-        assert not any(module.training for module in model.modules())
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        model = load_chain(tiny(architecture), tmp_path / architecture, trainable=True)
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert trained and all("third" in name for name in trained)
-        assert ("classifier.modules_to_save.third" in str(trained)) == (architecture == "bert")
-    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
-    model = load_chain(tiny("llama"), tmp_path / "llama", trainable=True)
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    assert all((parameter.grad is not None) == (".third." in name) for name, parameter in model.named_parameters())
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_trainable_or_frozen(tmp_path: Path, architecture: str) -> None:
+    make_chain(architecture).save_pretrained(str(tmp_path))
+    model = load_chain(tiny(architecture), tmp_path)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model = load_chain(tiny(architecture), tmp_path, trainable=True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("third" in name for name in trained)
+    assert ("classifier.modules_to_save.third" in str(trained)) == (architecture == "bert")
 
 
 def test_lists_tasks_and_names(folder: Path, tmp_path: Path) -> None:
@@ -169,21 +158,6 @@ def test_lists_tasks_and_names(folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "mix"))
     with pytest.warns(UserWarning, match="'mix'.*no tasks"):
         assert list(load_chain(tiny("llama"), tmp_path / "mix").peft_config) == ["first", "second", "third"]
-
-
-def test_random_numbers_are_left_alone_and_files_may_change(folder: Path) -> None:
-    base, before = tiny("llama"), torch.get_rng_state()
-    model = load_chain(base, folder)
-    assert torch.equal(torch.get_rng_state(), before)
-    expected = {name: tensor.clone() for name, tensor in adapter_weights(model).items()}
-    path = folder / "first" / SAFETENSORS_WEIGHTS_NAME
-    with path.open("r+b") as file:  # in place, as a saving over it would
-        file.seek(-1024, 2)
-        file.write(bytes(1024))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_weights(model).items())
-    model.save_pretrained(str(folder))
-    found = adapter_weights(load_chain(tiny("llama"), folder))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_another_base_model(folder: Path, tmp_path: Path) -> None:
@@ -405,29 +379,16 @@ def test_an_adapter_of_ours_has_its_history(folder: Path) -> None:
 
 def test_adapters_that_cannot_become_history(tmp_path: Path) -> None:
     stock = stock_adapter(tmp_path / "stock")
-    for name, message in (
-        ("first", "a task called 'first' already"),
-        ("layers", "cannot be called 'layers'"),
-        ("../x", "cannot be the name of a task"),
-    ):
+    for name, message in (("first", "a task called 'first' already"), ("../x", "cannot be the name of a task")):
         with pytest.raises(ChainError, match=message):
             load_history(make_chain(), tmp_path / "stock", name=name)
-    for model in (stock, stock.base_model.model):
-        with pytest.raises(ChainError, match="adapters of another kind"):
-            load_history(model, tmp_path / "stock")
-    for number, (values, message) in enumerate(
-        (
-            ({"use_dora": True}, "DoRA"),
-            ({"bias": "all"}, "bias='all'"),
-            ({"init_lora_weights": "pissa"}, "changes the base weights"),
-            ({"trainable_token_indices": [3]}, "trained embedding rows"),
-        )
-    ):
-        stock_adapter(tmp_path / f"stock{number}", **values)
-        base = tiny("llama")
-        with pytest.raises(ChainError, match=f"cannot be part of a chain of tasks: .*{message}"):
-            load_history(base, tmp_path / f"stock{number}")
-        assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    with pytest.raises(ChainError, match="adapters of another kind"):
+        load_history(stock, tmp_path / "stock")
+    edit_config(tmp_path / "stock", trainable_token_indices=[3])
+    base = tiny("llama")
+    with pytest.raises(ChainError, match="cannot be part of a chain of tasks: .*trained embedding rows"):
+        load_history(base, tmp_path / "stock")
+    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
     five = get_peft_model(tiny("bert", num_labels=5), LoraConfig(**settings("bert")))
     five.save_pretrained(str(tmp_path / "five"))
     with pytest.raises(ChainError, match="classifier.bias has the shape"):

