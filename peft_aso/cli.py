@@ -15,8 +15,8 @@ import typer
 from transformers import PreTrainedModel
 
 from .chain import ChainError, export_lora, export_merged, load_chain, push_chain
-from .chain.export import base_view
-from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, mean_of, most_like
+from .chain.export import PREFIX
+from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, most_like
 from .chain.load import check_fit, in_order
 from .chain.manifest import AdapterFile, Place, mismatch, read_adapter
 from .tuner.adapter_file import weights_hash
@@ -84,60 +84,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @command
 def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Show tasks, ranks, sizes, similarities and hashes."""
-    tasks = [_about(adapter) for adapter in in_order(map(read_adapter, _places(source, revision)))]
+    tasks, table = _overview(source, revision)
     base = next((task["base_model"] for task in tasks if task["base_model"]), None)
-    rows = [["", "task", "rank", "weights", "MB", "most like (w)", "sha256", "from"]]
-    for number, task in enumerate(tasks, start=1):
-        origin = task["origin"]
-        about = [number, task["task"], task["rank"], f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}"]
-        about += [most_like(task), task["sha256"][:12]]
-        rows.append([*map(str, about), f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""])
     total = sum(task["bytes"] for task in tasks) / 1e6
     title = f"{source}: {len(tasks)} tasks, {total:.1f} MB, base model {base or 'not named'}"
-    return f"{title}\n\n{markdown(rows)}", {"source": source, "base_model": base, "tasks": tasks}, True
+    return f"{title}\n\n{table}", {"source": source, "base_model": base, "tasks": tasks}, True
 
 
 @command
 def verify(source: Source, base: Shapes = None, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Check hashes, finite values and that the history is complete; with --base, shapes too."""
-    places = _places(source, revision)
-    checks: dict[str, list[str]] = {}
-    adapters: list[AdapterFile] = []
+    places, adapters, checks = _places(source, revision), [], dict[str, str]()
     for place in places:  # every task is checked, whatever is wrong with the others
+        task = place.entry["task"] if place.entry else place.path.name
+        checks[task] = ""
         try:
-            adapters.append(read_adapter(place))
-            checks[adapters[-1].name] = []
-        except ChainError as error:
-            checks[place.entry["task"] if place.entry else place.path.name] = [str(error)]
-    view = None if base is None or not adapters else base_view(_without_weights(adapters, base))
-    for adapter in adapters:
-        try:
+            adapter = read_adapter(place)
+            adapters.append(adapter)
             tensors = adapter.tensors()
-            obstacle = next(iter(chain_obstacles(adapter.config)), None)
-            if len(adapters) > 1 and obstacle is not None:
-                raise ChainError(f"it cannot be part of a chain: {obstacle}")
-            if view is not None:
-                check_fit(adapter, tensors, view)
-            if difference := mismatch(adapter, tensors):
-                raise ChainError(difference)
+            for reason in chain_obstacles(adapter.config) if len(places) > 1 else ():
+                raise ChainError(f"it cannot be part of a chain: {reason}")
+            if base is not None:
+                check_fit(adapter, tensors, _without_weights(adapter, base))
+            checks[task] = mismatch(adapter, tensors) or ""
         except ChainError as error:
-            checks[adapter.name].append(str(error))
-    problems = []
+            checks[task] = str(error)
+    problem = ""
     try:
         if not any(checks.values()):
             in_order(adapters)
     except ChainError as error:
-        problems.append(str(error))
-    listed = {place.entry["task"] for place in places if place.entry}
-    lines = []
-    for task, found in checks.items():
-        compared = ", hash and history as in chain.json" if task in listed else ""
-        shapes = f", shapes as in {base}" if view is not None else ""
-        lines += [f"WRONG   {task}: {problem}" for problem in found] or [f"ok      {task}: finite{compared}{shapes}"]
-    lines += [f"WRONG   {problem}" for problem in problems]
-    lines += [] if listed else ["note    there is no chain.json: hashes cannot be compared"]
-    is_well = not problems and not any(checks.values())
-    return "\n".join(lines), {"well": is_well, "tasks": checks, "chain": problems}, is_well
+        problem = str(error)
+    shapes = f", shapes as in {base}" if base is not None else ""
+    lines = [
+        f"WRONG   {task}: {found}" if found else f"ok      {task}: finite{shapes}" for task, found in checks.items()
+    ]
+    lines += [f"WRONG   {problem}"] if problem else []
+    lines += [] if any(place.entry for place in places) else ["note    no chain.json: hashes cannot be compared"]
+    is_well = not problem and not any(checks.values())
+    return "\n".join(lines), {"well": is_well, "tasks": checks, "chain": problem}, is_well
 
 
 @command
@@ -180,17 +165,12 @@ def push(
 @command
 def report(source: Source, out: Out, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Write a Markdown page with the picture of the similarities."""
-    tasks = [_about(adapter) for adapter in in_order(map(read_adapter, _places(source, revision)))]
+    tasks, table = _overview(source, revision)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [["", "task", "rank", "weights", "history", "psi", "sha256"]]
-    for number, task in enumerate(tasks, start=1):
-        psi = ", ".join(f"{old} {mean_of(value):.2f}" for old, value in (task["soft_coefficients"] or {}).items())
-        about = [number, task["task"], task["rank"], f"{task['weights']:,}", ", ".join(task["history"]), psi]
-        rows.append([*map(str, about), f"`{task['sha256'][:12]}`"])
     picture = "No picture: there are no similarities, or matplotlib is not installed (peft-aso[plots])."
     if draw(tasks, out / PICTURE):
         picture = f"![similarity of the tasks]({PICTURE})"
-    page = [f"# {source}: {len(tasks)} tasks", markdown(rows), picture]
+    page = [f"# {source}: {len(tasks)} tasks", table, picture]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return _written(out / "report.md", "report")
 
@@ -209,21 +189,27 @@ def _places(source: str, revision: str | None) -> list[Place]:
     return find(source, Access(revision=revision))
 
 
-def _about(adapter: AdapterFile) -> dict[str, Any]:
-    tensors, config = adapter.tensors(), adapter.config
-    own = [tensor for name, tensor in tensors.items() if name.startswith("base_model.")]
-    return {
-        "task": adapter.name,
-        "history": adapter.history,
-        "rank": config.r,
-        "weights": sum(tensor.numel() for tensor in own),
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-        "similarities": getattr(config, "similarities", None),
-        "soft_coefficients": getattr(config, "soft_coefficients", None),
-        "sha256": weights_hash(tensors, config),
-        "base_model": config.base_model_name_or_path,
-        "origin": adapter.place.origin or getattr(config, "origin", None),
-    }
+def _overview(source: str, revision: str | None) -> tuple[list[dict[str, Any]], str]:
+    """What `inspect` prints of each task as JSON, and as a table."""
+    tasks = []
+    rows = [["", "task", "rank", "weights", "MB", "most like (w)", "largest psi", "sha256", "from"]]
+    for number, adapter in enumerate(in_order(map(read_adapter, _places(source, revision))), start=1):
+        tensors, config = adapter.tensors(), adapter.config
+        origin = adapter.place.origin or getattr(config, "origin", None)
+        task = {
+            "task": adapter.name, "history": adapter.history, "rank": config.r,
+            "sha256": weights_hash(tensors, config),
+            "weights": sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(PREFIX)),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "similarities": getattr(config, "similarities", None), "origin": origin,
+            "soft_coefficients": getattr(config, "soft_coefficients", None),
+            "base_model": config.base_model_name_or_path,
+        }  # fmt: skip
+        tasks.append(task)
+        about = [number, task["task"], task["rank"], f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}"]
+        about += [most_like(task["similarities"]), most_like(task["soft_coefficients"]), f"`{task['sha256'][:12]}`"]
+        rows.append([*map(str, about), f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""])
+    return tasks, markdown(rows)
 
 
 def _loaded(source: str, base: str | None, revision: str | None) -> tuple[Any, str]:
@@ -233,20 +219,20 @@ def _loaded(source: str, base: str | None, revision: str | None) -> tuple[Any, s
     name = base or next(filter(None, named), None)
     if name is None:
         raise ChainError("The chain does not name its base model. Give one with --base.")
-    model = _model_class(adapters).from_pretrained(name, dtype="auto")
+    model = _model_class(adapters[-1]).from_pretrained(name, dtype="auto")
     return load_chain(model, source, revision=revision), name
 
 
-def _without_weights(adapters: Sequence[AdapterFile], name: str) -> Any:
+def _without_weights(adapter: AdapterFile, name: str) -> Any:
     """The base model on the meta device; only its config is read."""
-    chosen, config = _model_class(adapters), transformers.AutoConfig.from_pretrained(name)
+    chosen, config = _model_class(adapter), transformers.AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return chosen(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
 
 
-def _model_class(adapters: Sequence[AdapterFile]) -> Any:
-    """The Auto class of the newest adapter's task type; without one the class that it was trained in."""
-    config = adapters[-1].config
+def _model_class(adapter: AdapterFile) -> Any:
+    """The Auto class of an adapter's task type; without one the class that it was trained in."""
+    config = adapter.config
     kind = getattr(config.task_type, "value", config.task_type)
     name = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None

@@ -6,9 +6,8 @@ import glob
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -36,11 +35,7 @@ PICTURE = "similarity.png"
 _TAGS = ["continual-learning", "lora", "peft", "peft-aso", "aso-lora"]
 
 
-# ---- fetching ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """`revision`, `token`, `cache_dir` and `local_files_only`, as in huggingface_hub."""
 
     revision: str | None = None
@@ -49,16 +44,10 @@ class Access:
     local_files_only: bool = False
 
     def snapshot(self, repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-        """These files of a repository, in the cache.
-
-        Raises:
-            ChainError: no such repository, or none in the cache while offline.
-        """
+        """These files of a repository, in the cache; `ChainError` if there is none, or it is not in the cache."""
+        options = {**self._asdict(), "revision": revision or self.revision}
         try:
-            found = snapshot_download(
-                repo, revision=revision or self.revision, token=self.token, cache_dir=self.cache_dir,
-                local_files_only=self.local_files_only, allow_patterns=list(patterns), library_name="peft-aso",
-            )  # fmt: skip
+            return Path(snapshot_download(repo, allow_patterns=list(patterns), library_name="peft-aso", **options))
         except GatedRepoError:
             raise
         except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
@@ -66,7 +55,6 @@ class Access:
                 f"{repo!r} is no folder on this machine, and no repository that can be read: it does not exist, is "
                 "private (log in with `hf auth login` or pass token=), or is not in the cache while offline."
             ) from error
-        return Path(found)
 
 
 def is_on_hub(source: Source | Sequence[Source]) -> TypeGuard[str]:
@@ -77,12 +65,7 @@ def is_on_hub(source: Source | Sequence[Source]) -> TypeGuard[str]:
 def find(source: Source | Sequence[Source], access: Access, tasks: Sequence[str] | None = None) -> list[Place]:
     """The adapters of a chain's folder or repository, or of a list of them; what a `chain.json` pins elsewhere too.
 
-    Args:
-        tasks: of a single source only these, and what they were trained on top of.
-
-    Raises:
-        ChainError: no such folder or repository, a damaged `chain.json`.
-        huggingface_hub.errors.HfHubHTTPError: what else goes wrong on the way.
+    With `tasks` of a single source only these, and what they were trained on top of.
     """
     if not isinstance(source, (str, os.PathLike)):
         if not source:
@@ -108,13 +91,12 @@ def find(source: Source | Sequence[Source], access: Access, tasks: Sequence[str]
             place._replace(origin=_origin(source, root.name, str(place.path.relative_to(root))))
             for place in find_in_folder(root, tasks)
         ]
-    return [_pinned(place.entry, access) if place.entry and "repo_id" in place.entry else place for place in places]
-
-
-def _pinned(entry: dict[str, Any], access: Access) -> Place:
-    repo, revision, folder = entry["repo_id"], entry["revision"], entry["folder"]
-    root = access.snapshot(repo, _files_in(folder), revision)
-    return Place(root / folder, entry, _origin(repo, revision, folder), pinned=True)
+    for number, place in enumerate(places):
+        if place.entry and "repo_id" in place.entry:
+            repo, revision, folder = (place.entry[key] for key in ("repo_id", "revision", "folder"))
+            path = access.snapshot(repo, _files_in(folder), revision) / folder
+            places[number] = Place(path, place.entry, _origin(repo, revision, folder), pinned=True)
+    return places
 
 
 def _origin(repo: str, revision: str, folder: str) -> dict[str, str]:
@@ -125,28 +107,17 @@ def _files_in(folder: str) -> list[str]:
     return [name if folder == ROOT else f"{glob.escape(folder)}/{name}" for name in ADAPTER_FILES]
 
 
-# ---- pushing ----------------------------------------------------------------------------------------------------
-
-
 def push_chain(
-    model: Any,
-    repo_id: str,
-    *,
-    tasks: Sequence[str] | None = None,
-    per_task: bool = False,
-    merged: bool = True,
-    overwrite: bool = False,
-    accuracy: Mapping[str, float] | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    commit_message: str | None = None,
-) -> dict[str, str]:
+    model: Any, repo_id: str, *, tasks: Sequence[str] | None = None, per_task: bool = False, merged: bool = True,
+    overwrite: bool = False, accuracy: Mapping[str, float] | None = None, private: bool | None = None,
+    token: str | bool | None = None, commit_message: str | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Push tasks with their history to the Hub.
 
     One repository: a folder a task, `merged/` (one stock LoRA adapter, the sum of all), a model card and `chain.json`,
-    in one commit. Or one repository a task, `repo_id` with `-<task>` after it: the adapter lies at the root, and its
-    `chain.json` pins the commits of its history; tasks that were loaded from the Hub and have not changed are pinned
-    where they are and not pushed again.
+    in one commit. Or one repository a task, `repo_id` with `-<task>` after it: the adapter is at the root, and its
+    `chain.json` pins the commits of its history. Tasks that were loaded from the Hub and have not changed are pinned
+    where they are.
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
@@ -158,98 +129,71 @@ def push_chain(
             `remove_task` allows it for its task.
         accuracy: of tasks, in percent, for the card.
         private: of a repository that is made.
-        token: None: the one of `hf auth login`.
-        commit_message: None: one that names the newest task.
+        token, commit_message: as in huggingface_hub; by default a message that names the newest task.
 
     Returns:
         Repository to the commit that holds the chain now.
 
     Raises:
-        ChainError: before anything is pushed: what `save_chain` and `export_lora` refuse, or a repository that lists
-            other tasks.
+        ChainError: before anything is pushed: what `save_chain` and `export_lora` refuse, or tasks would be lost.
         huggingface_hub.errors.HfHubHTTPError: no right to write; somebody else pushed in between (status 412); the
             connection broke. That repository is as it was; with `per_task` those of earlier tasks are pushed.
     """
+    api = HfApi(token=token, library_name="peft-aso")
     with tempfile.TemporaryDirectory(prefix="peft-aso-push-") as scratch:
         folder = save_chain(model, Path(scratch, "chain"), tasks)
         manifest = read_manifest(folder) or Manifest({})
-        push = _Push(HfApi(token=token, library_name="peft-aso"), model, private, overwrite, accuracy or {})
+        pins: dict[str, dict[str, Any]] = {}  # tasks that are on the Hub
+        pushes = {repo_id: list(manifest.tasks)}  # repository -> tasks, the newest last
         if per_task:
-            return _push_each(push, repo_id, folder, manifest, commit_message)
-        if merged:
+            for config in model.peft_config.values():
+                entry = manifest.tasks.get(config.task_name)
+                if entry and config.origin is not None and config.origin["sha256"] == entry["sha256"]:
+                    origin = {key: config.origin[key] for key in ("repo_id", "revision", "folder")}
+                    pins[config.task_name] = {**entry, **origin}
+            new = {task: entry["history"] for task, entry in manifest.tasks.items() if task not in pins}
+            pushes = {f"{repo_id}-{task}": [*history, task] for task, history in new.items()}
+        elif merged:
             try:
                 export_lora(model, folder / EXPORT, tasks=list(manifest.tasks))
             except ChainError as error:
                 raise ChainError(f"{error} Or push without the sum of all: merged=False.") from error
-        message = commit_message or f"Chain of {len(manifest.tasks)} tasks, up to {list(manifest.tasks)[-1]}"
-        return {repo_id: push.push(repo_id, push.check(repo_id, manifest.tasks), folder, manifest, message)}
+        heads, old_folders = {}, {}
+        for repo, names in pushes.items():  # all are checked before one is written
+            heads[repo], there = _newest(api, repo)
+            refuse_loss(there, names, model.base_model.removed_tasks, overwrite, repo)
+            own = [entry["folder"] for entry in there.tasks.values() if "repo_id" not in entry]
+            old_folders[repo] = [name for name in own if name != ROOT]
+        commits: dict[str, str] = {}
+        for repo, names in pushes.items():
+            task, part, content = names[-1], folder, manifest
+            if per_task:  # each pins the commits of its history, which are there by now
+                entry = manifest.tasks[task]
+                part = folder / entry["folder"]
+                history = {old: pins[old] for old in manifest.tasks if old in entry["history"]}
+                content = manifest._replace(tasks={**history, task: {**entry, "folder": ROOT}})
+                write_manifest(part, content)
+            has_picture = draw(list(content.tasks.values()), part / PICTURE)
+            model_card(repo, content, accuracy or {}, (part / EXPORT).exists(), has_picture).save(part / README_NAME)
+            api.create_repo(repo, private=private, exist_ok=True)
+            commits[repo] = api.upload_folder(
+                repo_id=repo, folder_path=part, commit_message=commit_message or f"Tasks up to {task}",
+                parent_commit=heads[repo] or api.model_info(repo).sha,
+                delete_patterns=[f"{glob.escape(name)}/*" for name in old_folders[repo]],  # what is not uploaded anew
+            ).oid  # fmt: skip
+            pins[task] = {**manifest.tasks[task], **_origin(repo, commits[repo], ROOT)}
+        return commits
 
 
-def _push_each(push: _Push, repo_id: str, folder: Path, manifest: Manifest, message: str | None) -> dict[str, str]:
-    """One repository a task, oldest first, so that each pins the commits of its history; all are checked before."""
-    origins = {config.task_name: config.origin for config in push.model.peft_config.values()}
-    pins, heads, commits = dict[str, dict[str, Any]](), dict[str, tuple[str | None, list[str]]](), dict[str, str]()
-    for task, entry in manifest.tasks.items():
-        origin = origins.get(task)
-        if origin is not None and origin["sha256"] == entry["sha256"]:
-            pins[task] = {**entry, **_origin(origin["repo_id"], origin["revision"], origin["folder"])}
-        else:
-            heads[task] = push.check(f"{repo_id}-{task}", [*entry["history"], task])
-    for task, head in heads.items():
-        entry, repo = manifest.tasks[task], f"{repo_id}-{task}"
-        own = {old: pins[old] for old in manifest.tasks if old in entry["history"]}
-        own[task] = {**entry, "folder": ROOT}
-        write_manifest(folder / entry["folder"], manifest._replace(tasks=own))
-        commits[repo] = push.push(
-            repo, head, folder / entry["folder"], manifest._replace(tasks=own), message or f"Task {task}"
-        )
-        pins[task] = {**entry, **_origin(repo, commits[repo], ROOT)}
-    return commits
-
-
-@dataclass(frozen=True)
-class _Push:
-    """What all repositories of one call of `push_chain` share."""
-
-    api: HfApi
-    model: Any
-    private: bool | None
-    overwrite: bool
-    accuracy: Mapping[str, float]
-
-    def check(self, repo: str, tasks: Sequence[str] | Mapping[str, Any]) -> tuple[str | None, list[str]]:
-        """The newest commit (None: no such repository) and the folders in it that go; nothing is written."""
-        try:
-            head = str(self.api.model_info(repo).sha)
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return None, []
-        there = read_manifest(Access(token=self.api.token).snapshot(repo, [MANIFEST_NAME], head)) or Manifest({})
-        refuse_loss(there, tasks, self.model.base_model.removed_tasks, self.overwrite, repo)
-        own = [entry["folder"] for entry in there.tasks.values() if "repo_id" not in entry]
-        return head, [folder for folder in own if folder != ROOT]
-
-    def push(
-        self, repo: str, head: tuple[str | None, list[str]], folder: Path, manifest: Manifest, message: str
-    ) -> str:
-        """Commit a folder with a card; the new commit (the old one where nothing changed)."""
-        parent, folders = head
-        has_picture = draw(list(manifest.tasks.values()), folder / PICTURE)
-        card = model_card(repo, manifest, self.accuracy, (folder / EXPORT).exists(), has_picture)
-        card.save(folder / README_NAME)
-        self.api.create_repo(repo, private=self.private, exist_ok=True)
-        commit = self.api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=message,
-            parent_commit=parent or self.api.model_info(repo).sha,
-            delete_patterns=[f"{glob.escape(name)}/*" for name in folders],  # what is not uploaded anew
-        )
-        return str(commit.oid)
-
-
-# ---- model card -------------------------------------------------------------------------------------------------
+def _newest(api: HfApi, repo: str) -> tuple[str | None, Manifest]:
+    """The newest commit of a repository (None if there is no repository), and its `chain.json`."""
+    try:
+        head = str(api.model_info(repo).sha)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None, Manifest({})
+    return head, read_manifest(Access(token=api.token).snapshot(repo, [MANIFEST_NAME], head)) or Manifest({})
 
 
 def model_card(
@@ -259,30 +203,26 @@ def model_card(
     base_model = manifest.base_model
     about = ModelCardData(base_model=base_model, base_model_relation="adapter", library_name="peft", tags=_TAGS)
     base = f'AutoModelForCausalLM.from_pretrained("{base_model or "the base model"}")'
-    rows = [["", "task", "rank", "most like (w)", "weights", *(["accuracy"] if accuracy else [])]]
+    rows = [["", "task", "rank", "most like (w)", "accuracy", "weights"]]
     for number, (task, entry) in enumerate(manifest.tasks.items(), start=1):
-        place = f"`{entry['sha256'][:12]}`"
+        weights = f"`{entry['sha256'][:12]}`"
         if "repo_id" in entry:
-            place += f" of [{entry['repo_id']}](https://huggingface.co/{entry['repo_id']}/tree/{entry['revision']})"
-        row = [str(number), task, str(entry["rank"]), most_like(entry), place]
-        rows.append([*row, *([f"{accuracy[task]:.1f}" if task in accuracy else ""] if accuracy else [])])
+            weights += f" of [{entry['repo_id']}](https://huggingface.co/{entry['repo_id']}/tree/{entry['revision']})"
+        percent = f"{accuracy[task]:.1f}" if task in accuracy else ""
+        rows.append([str(number), task, str(entry["rank"]), most_like(entry["similarities"]), percent, weights])
     parts = [
         f"---\n{about.to_yaml()}\n---\n\n# {repo}",
         f"A chain of {len(manifest.tasks)} tasks, learned one after another with ASO-LoRA "
         "([peft-aso](https://pypi.org/project/peft-aso/), [paper](https://aclanthology.org/2026.acl-long.842/)). Each "
-        "task has its own LoRA adapter; the model is the base and the sum of all, without a task label.",
+        "task has its own LoRA adapter; the model is the base and the sum of all.",
         markdown(rows),
-        f"""## Load it, and go on
-
-```python
-from peft_aso import ASOLoraConfig, ASOTrainer, load_chain, push_chain
+        f"""```python
+from peft_aso import ASOLoraConfig, load_chain, push_chain
 from transformers import AutoModelForCausalLM
 
-base = {base}
-model = load_chain(base, "{repo}")  # all tasks; the newest, {list(manifest.tasks)[-1]}, is active
+model = load_chain({base}, "{repo}")  # all tasks
 model.add_adapter("new-task", ASOLoraConfig(task_type="CAUSAL_LM"))
-model.set_adapter("new-task")  # the tasks above are its history: active, frozen
-ASOTrainer(model=model, args=args, train_dataset=data).train()
+model.set_adapter("new-task")  # the tasks above are its history; train it with ASOTrainer, then
 push_chain(model, "you/new-chain")
 ```""",
     ]
@@ -303,16 +243,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def most_like(entry: Mapping[str, Any]) -> str:
-    """The earlier task with the largest w, and that; empty where there is none."""
-    values = {task: mean_of(value) for task, value in (entry.get("similarities") or {}).items()}
-    best = max(values, key=values.__getitem__, default=None)
-    return "" if best is None else f"{best} ({values[best]:.2f})"
-
-
-def mean_of(value: Any) -> float:
-    """A w or psi as one number: one for a task, or the mean of one a layer."""
-    return sum(value) / len(value) if isinstance(value, list) else float(value)
+def most_like(values: Mapping[str, Any] | None) -> str:
+    """The earlier task with the largest w or psi, and that (a mean, if each layer has its own); empty if none has."""
+    means = {task: sum(w) / len(w) if isinstance(w, list) else float(w) for task, w in (values or {}).items()}
+    best = max(means, key=means.__getitem__, default=None)
+    return "" if best is None else f"{best} ({means[best]:.2f})"
 
 
 def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:

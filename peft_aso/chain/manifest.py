@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from ..tuner.history import is_folder_name
 
 MANIFEST_NAME = "chain.json"
 FORMAT, FORMAT_VERSION = "peft_aso chain", 2
-ROOT = "."  # the folder of a task that lies next to its chain.json
+ROOT = "."  # the folder of a task that is next to its chain.json
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEMPORARY = ".peft-aso-"  # beginning of the names of temporary folders
 _LARGEST_JSON = 16 * 2**20
@@ -44,31 +43,20 @@ def warn_or_raise(message: str, strict: bool) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-# ---- chain.json -------------------------------------------------------------------------------------------------
-
-
 class Manifest(NamedTuple):
-    """What `chain.json` holds.
+    """What `chain.json` holds: task -> its entry, in the order in which the tasks were learned, and the base model.
 
-    Attributes:
-        tasks: task -> its entry, in the order in which the tasks were learned: `task`, `folder`, `history`, `rank`,
-            `sha256` (`weights_hash` with the config), `similarities`, `soft_coefficients`; of a task in another
-            repository `repo_id` and `revision`; of format version 1 `scale`, which its `sha256` does not have.
-        base_model: the base model's name.
-        unfinished: folders that a save is adding or removing; if it is killed, the next one removes them.
+    An entry has `task`, `folder`, `history`, `rank`, `sha256` (`weights_hash` with the config), `similarities` and
+    `soft_coefficients`; of a task in another repository `repo_id` and `revision` too. In format version 1 it has
+    `scale`, which its `sha256` does not have.
     """
 
     tasks: dict[str, dict[str, Any]]
     base_model: str | None = None
-    unfinished: Sequence[str] = ()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's `chain.json`; None if there is none.
-
-    Raises:
-        ChainError: it is damaged, of a newer format, or names folders outside of its own.
-    """
+    """The folder's `chain.json`; None if there is none; `ChainError` if it is damaged or of a newer format."""
     if not os.path.lexists(folder / MANIFEST_NAME):
         return None
     path = regular_file(folder, MANIFEST_NAME)
@@ -85,24 +73,23 @@ def read_manifest(folder: Path) -> Manifest | None:
                 entry.setdefault("scale", None)
             _check_entry(task, entry, path)
         base_model = content.get("base_model_name_or_path")
-        unfinished = [name for name in content.get("unfinished", []) if is_folder_name(name)]
     except ChainError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ChainError(f"{path} is damaged ({type(error).__name__}: {error}). Restore or delete it.") from error
-    return Manifest(tasks, base_model if isinstance(base_model, str) else None, unfinished)
+    return Manifest(tasks, base_model if isinstance(base_model, str) else None)
 
 
 def _check_entry(task: str, entry: Mapping[str, Any], path: Path) -> None:
     check_task_name(task, path)
     if entry["folder"] != ROOT:
         check_task_name(entry["folder"], path)
-    if not _are_strings(entry["history"]) or not isinstance(entry["sha256"], str):
+    history = entry["history"]
+    if not isinstance(history, list) or not all(isinstance(each, str) for each in (*history, entry["sha256"])):
         raise TypeError(f"the entry of {task!r}")
-    if "repo_id" in entry:
-        repo, revision = entry["repo_id"], entry.get("revision")
-        if not (isinstance(repo, str) and REPO_ID.fullmatch(repo) and re.fullmatch("[0-9a-f]{40}", str(revision))):
-            raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
+    pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
+    if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
+        raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -110,13 +97,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     from .. import __version__
 
     content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "peft_aso_version": __version__,
-        "base_model_name_or_path": manifest.base_model,
-        "tasks": list(manifest.tasks.values()),
-        **({"unfinished": list(manifest.unfinished)} if manifest.unfinished else {}),
-    }
+        "format": FORMAT, "format_version": FORMAT_VERSION, "peft_aso_version": __version__,
+        "base_model_name_or_path": manifest.base_model, "tasks": list(manifest.tasks.values()),
+    }  # fmt: skip
     with staging(folder) as stage:
         (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         flush(stage)
@@ -125,7 +108,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def with_history(tasks: Mapping[str, Sequence[str]], wanted: Sequence[str] | None) -> list[str]:
-    """The wanted tasks and all that they were trained on top of, in the order of `tasks` (task -> history).
+    """The wanted tasks (None: all) and what they were trained on top of, in the order of `tasks` (task -> history).
 
     Raises:
         ChainError: a wanted task is not there, or none is wanted.
@@ -146,16 +129,9 @@ def with_history(tasks: Mapping[str, Sequence[str]], wanted: Sequence[str] | Non
     return [task for task in tasks if task in found]
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, which is made; both are gone after an error if `folder` was new.
-
-    Raises:
-        ChainError: `folder` is a file.
-    """
+    """A temporary folder inside `folder`, which is made; both are gone after an error if it was new."""
     if folder.exists() and not folder.is_dir():
         raise ChainError(f"{folder} is a file. Give the name of a folder; it is made if it does not exist.")
     is_new = not folder.exists()
@@ -171,8 +147,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def flush(path: Path, deep: bool = True) -> None:
     """A folder, and if deep all that is in it, is on the disk when this returns."""
-    places = [path, *(path.rglob("*") if deep else ())]
-    for place in places:
+    for place in [path, *(path.rglob("*") if deep else ())]:
         if os.name == "nt" and place.is_dir():  # Windows has no handle for a folder
             continue
         handle = os.open(place, os.O_RDONLY)
@@ -182,28 +157,17 @@ def flush(path: Path, deep: bool = True) -> None:
             os.close(handle)
 
 
-# ---- adapters ---------------------------------------------------------------------------------------------------
-
-
 class Place(NamedTuple):
-    """Where an adapter lies.
-
-    Attributes:
-        path: its folder.
-        entry: what a `chain.json` has on it.
-        origin: its `repo_id`, `revision` and `folder` on the Hub.
-        pinned: whether it was named by the `chain.json` of another repository, and not by the user.
-    """
+    """Where an adapter is."""
 
     path: Path
-    entry: dict[str, Any] | None = None
-    origin: dict[str, str] | None = None
-    pinned: bool = False
+    entry: dict[str, Any] | None = None  # what a chain.json has on it
+    origin: dict[str, str] | None = None  # its repo_id, revision and folder on the Hub
+    pinned: bool = False  # whether the chain.json of another repository names it, and not the user
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """One adapter on the disk: where, which task it holds, and its `ASOLoraConfig` or stock `LoraConfig`."""
+class AdapterFile(NamedTuple):
+    """One adapter on the disk: where it is, which task it holds, and its `ASOLoraConfig` or stock `LoraConfig`."""
 
     place: Place
     name: str
@@ -211,7 +175,7 @@ class AdapterFile:
 
     @property
     def is_stock(self) -> bool:
-        """True for a LoRA adapter that was trained without this package."""
+        """True for a LoRA adapter of stock PEFT."""
         return not isinstance(self.config, ASOLoraConfig)
 
     @property
@@ -220,11 +184,7 @@ class AdapterFile:
         return [] if self.is_stock else list(self.config.history or [])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the file, on the CPU, by PEFT's names for the disk.
-
-        Raises:
-            ChainError: the file is truncated or damaged, empty, or holds NaN or Inf.
-        """
+        """All tensors of the file; `ChainError` if it is damaged, has no LoRA matrices, or holds NaN or Inf."""
         path = regular_file(self.place.path, SAFETENSORS_WEIGHTS_NAME)
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -232,11 +192,11 @@ class AdapterFile:
                 found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             with path.open("rb") as start:
-                if start.read(64).startswith(b"version https://git-lfs"):
-                    raise ChainError(f"{path} is a Git LFS pointer. Run `git lfs pull` in its repository.") from error
-            raise ChainError(f"{path} is truncated or damaged ({error}). Download or save it again.") from error
-        if not found:
-            raise ChainError(f"{path} holds no tensors. Save the adapter again.")
+                is_pointer = start.read(64).startswith(b"version https://git-lfs")
+            advice = "It is a pointer: run `git lfs pull`." if is_pointer else "Download or save it again."
+            raise ChainError(f"{path} is truncated or damaged ({error}). {advice}") from error
+        if not any(".lora_" in name for name in found):
+            raise ChainError(f"{path} holds no LoRA matrices. Save the adapter again.")
         for name, tensor in found.items():
             if not is_finite(tensor):
                 raise ChainError(f"{name} in {path} holds NaN or Inf. Use an earlier checkpoint.")
@@ -253,31 +213,25 @@ def mismatch(adapter: AdapterFile, tensors: Mapping[str, torch.Tensor]) -> str |
     entry, config = adapter.place.entry, adapter.config
     if entry is None:
         return None
-    if adapter.name != entry["task"]:
-        return f"the task {adapter.name!r}, and chain.json has {entry['task']!r}"
-    if adapter.history != entry["history"]:
-        return f"the history {adapter.history}, and chain.json has {entry['history']}"
-    is_old = "scale" in entry
-    digest = weights_hash(tensors, None if is_old else config)
-    if digest != entry["sha256"]:
-        what = "weights" if is_old else "weights or another scale"
-        return f"other {what} than save_chain wrote: sha256 {digest}, and chain.json has {entry['sha256']}"
+    is_old = "scale" in entry  # format version 1, whose sha256 does not have the scale
     scale = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora", "alpha_pattern")}
-    if is_old and entry["scale"] not in (None, scale):
-        return f"another scale: {scale}, and chain.json has {entry['scale']}"
+    for what, found, expected in (
+        ("another task", adapter.name, entry["task"]),
+        ("another history", adapter.history, entry["history"]),
+        ("another scale", scale, is_old and entry["scale"] or scale),
+        ("other weights or another scale: sha256", weights_hash(tensors, None if is_old else config), entry["sha256"]),
+    ):
+        if found != expected:
+            return f"{what} {found}, and chain.json has {expected}"
     return None
 
 
 def find_in_folder(folder: Path, tasks: Sequence[str] | None = None) -> list[Place]:
     """The adapters of a chain's folder: those that its `chain.json` names, or all where there is none.
 
-    A warning names adapters that lie there and that `chain.json` does not name.
-
-    Raises:
-        ChainError: no such folder, no adapter in it, a damaged `chain.json`, a link that leads out of the folder.
+    A warning names adapters in it that `chain.json` does not name. What is missing, damaged, or leads out of the
+    folder is a `ChainError`.
     """
-    if folder.is_file():
-        raise ChainError(f"{folder} is a file. Give the folder that it is in.")
     if not folder.is_dir():
         raise ChainError(f"There is no folder {str(folder)!r}. Give a folder, or the id of a repository (user/chain).")
     manifest = read_manifest(folder)
@@ -286,58 +240,42 @@ def find_in_folder(folder: Path, tasks: Sequence[str] | None = None) -> list[Pla
     if manifest is None:
         root = [folder] if os.path.lexists(folder / CONFIG_NAME) else []
         if not root and not inside:
-            raise ChainError(
-                f"There is no adapter in {folder}. Give a folder written by save_chain or model.save_pretrained, or a "
-                "list of adapter folders."
-            )
+            raise ChainError(f"There is no adapter in {folder}. Give a folder that save_chain or PEFT wrote.")
         for place in inside:
             _refuse_escape(folder, place)
         return [Place(place) for place in [*root, *inside]]
     wanted = with_history({task: entry["history"] for task, entry in manifest.tasks.items()}, tasks)
-    named = {entry["folder"] for entry in manifest.tasks.values()} | set(manifest.unfinished)
-    others = [place.name for place in inside if place.name not in named and _is_own(place)]
+    named = {entry["folder"] for entry in manifest.tasks.values()}
+    others = [place.name for place in inside if place.name not in named and f'"{PEFT_TYPE_NAME}"' in _text_of(place)]
     if others and tasks is None:
-        warnings.warn(
-            f"{folder} holds the adapters {', '.join(map(repr, others))}, which its {MANIFEST_NAME} does not name: "
-            "left out. To add them, load a list of all the adapters' folders and save it with save_chain.",
-            stacklevel=5,
-        )
-    entries = [manifest.tasks[task] for task in wanted]
-    for entry in entries:
-        if "repo_id" not in entry:
-            _refuse_escape(folder, folder / entry["folder"])
-    return [Place(folder / entry["folder"], entry) for entry in entries]
+        text = f"{folder} holds adapters that its {MANIFEST_NAME} does not name: {', '.join(map(repr, others))}."
+        warnings.warn(f"{text} To add them, load a list of all folders and save it with save_chain.", stacklevel=5)
+    found = [Place(folder / manifest.tasks[task]["folder"], manifest.tasks[task]) for task in wanted]
+    for each in found:
+        _refuse_escape(folder, each.path)
+    return found
 
 
-def _is_own(folder: Path) -> bool:
-    try:
-        return bool(_read_json(regular_file(folder, CONFIG_NAME)).get("peft_type") == PEFT_TYPE_NAME)
-    except ChainError:
-        return False
+def _text_of(adapter: Path) -> str:
+    config = adapter / CONFIG_NAME
+    return config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
 
 
 def read_adapter(place: Place) -> AdapterFile:
     """Read one adapter's config and see that its weights are in a file that can be read safely.
 
     Raises:
-        ChainError: no adapter in the folder; only pickled weights; a link that leads out of the folder; a config that
-            is no JSON, or of another PEFT method.
+        ChainError: no adapter, only pickled weights, a link out of the folder, a config that is no valid one.
     """
     path = place.path
     values = _read_json(regular_file(path, CONFIG_NAME))
     kind = values.get("peft_type")
     if kind not in (PEFT_TYPE_NAME, "LORA"):
-        raise ChainError(
-            f"{path} holds an adapter of peft_type {kind!r}. A chain is made of {PEFT_TYPE_NAME} adapters; stock LORA "
-            "adapters can join it with load_history."
-        )
+        raise ChainError(f"{path} has peft_type {kind!r}. Chains have {PEFT_TYPE_NAME}, and load_history takes LORA.")
     if not os.path.lexists(path / SAFETENSORS_WEIGHTS_NAME):
         pickles = [each.name for each in path.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
-            raise ChainError(
-                f"{path} has its weights as a pickle ({pickles[0]}), which can run code when it is read. If you trust "
-                "it, load it with peft.PeftModel.from_pretrained and save it again, which writes safetensors."
-            )
+            raise ChainError(f"{path} has a pickle ({pickles[0]}), which can run code. If you trust it, save it anew.")
     regular_file(path, SAFETENSORS_WEIGHTS_NAME)
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
@@ -345,49 +283,19 @@ def read_adapter(place: Place) -> AdapterFile:
         config = config_class.from_peft_type(**config_class.check_kwargs(**values))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ChainError(f"{path / CONFIG_NAME} is not a valid config: {error} Save the adapter again.") from error
-    for setting, words in _wrong_settings(config):
-        raise ChainError(f"{path / CONFIG_NAME} has {setting}={getattr(config, setting)!r}: it should be {words}.")
     name = getattr(config, "task_name", None) or path.resolve().name
     check_task_name(name, path)
     return AdapterFile(place, name, config)
 
 
-def _wrong_settings(config: Any) -> Iterator[tuple[str, str]]:
-    """Settings of a type that PEFT would fail on later, with what they should be."""
-    if not isinstance(config.r, int) or config.r < 1:
-        yield "r", "a whole number of at least 1"
-    if not isinstance(config.lora_alpha, (int, float)):
-        yield "lora_alpha", "a number"
-    if not isinstance(config.target_modules, (str, type(None))) and not _are_strings(config.target_modules):
-        yield "target_modules", "a list of names or a regular expression"
-    for name, kinds in (("history_hashes", str), ("similarities", (int, float)), ("soft_coefficients", (int, float))):
-        found = getattr(config, name, None) or {}
-        values = list(found.values()) if isinstance(found, dict) else [None]
-        lists = [value if isinstance(value, list) else [value] for value in values]
-        if not all(each and all(isinstance(one, kinds) for one in each) for each in lists):
-            yield name, "a number (or a list of one a layer), or a SHA-256, for each earlier task"
-
-
-def _are_strings(values: Any) -> bool:
-    return isinstance(values, (list, set, tuple)) and all(isinstance(value, str) for value in values)
-
-
 def check_task_name(name: Any, where: Path | str) -> None:
-    """Refuse names that would lead out of a folder.
-
-    Raises:
-        ChainError: the name is no text, is empty, or has a slash, a backslash, a null or a leading dot.
-    """
+    """Raise `ChainError` for names that would lead out of a folder: no text, empty, with a slash or a leading dot."""
     if not is_folder_name(name):
         raise ChainError(f"{where}: {name!r} cannot be the name of a task. Use letters, digits, '-' and '_'.")
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The path of a file directly in `folder`.
-
-    Raises:
-        ChainError: it does not exist, is no regular file, or is a link that leads out of the folder.
-    """
+    """The path of a file directly in `folder`; `ChainError` if there is none, or a link that leads out of it."""
     path = folder / name
     if not os.path.lexists(path):
         raise ChainError(f"{folder} has no file {name}. It is no adapter's folder, or the download is incomplete.")
@@ -406,11 +314,7 @@ def _refuse_escape(folder: Path, path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ChainError: it is absurdly large, no JSON, or no object.
-    """
+    """A JSON object; `ChainError` for anything else, and for absurdly large files."""
     if path.stat().st_size > _LARGEST_JSON:
         raise ChainError(f"{path} has {path.stat().st_size} bytes, too many for its kind. Save the adapter again.")
     try:

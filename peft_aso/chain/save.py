@@ -2,7 +2,7 @@
 
 `chain.json` is the commit record: a task that is new or has changed is written into a folder of its own, `chain.json`
 is replaced in one step, and only then what it no longer names is removed. A killed process leaves the old chain or
-the new one, complete.
+the new one, complete, and perhaps folders that `chain.json` does not name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,38 +69,47 @@ def save_chain(
     adapters, path = _selected(model, tasks), Path(folder)
     if (path / CONFIG_NAME).exists():
         raise ChainError(f"{path} is the folder of an adapter. Give another folder for the chain.")
-    earlier = _earlier(path, overwrite)
+    try:
+        earlier = read_manifest(path) or Manifest({})
+    except ChainError as error:
+        if not overwrite:
+            raise ChainError(f"{error} Or pass overwrite=True to write a new {MANIFEST_NAME}.") from error
+        earlier = Manifest({})
     refuse_loss(earlier, adapters, model.base_model.removed_tasks, overwrite, str(path))
-    base_model = next(
-        filter(None, (model.peft_config[name].base_model_name_or_path for name in adapters.values())), None
-    )
-    _renew_hashes(model, adapters)
+    hashes = {task: model.base_model.adapter_hash(adapter) for task, adapter in adapters.items()}
+    for task, adapter in adapters.items():  # each config names its history as it is saved
+        trained_on = model.peft_config[adapter].history_hashes or {}
+        changed = {old: hashes[old] for old, digest in trained_on.items() if hashes[old] != digest}
+        if changed:
+            model.peft_config[adapter].history_hashes = {**trained_on, **changed}
+            names = ", ".join(map(repr, changed))
+            text = f"{task!r} was trained on top of other weights of {names} than are saved now (of another dtype?)."
+            warnings.warn(f"{text} Its config gets the new hashes.", stacklevel=2)
+    bases = [model.peft_config[name].base_model_name_or_path for name in adapters.values()]
     with staging(path) as stage:
-        entries, fresh = {}, {}
+        entries, new = {}, {}
         for task, adapter in adapters.items():
             written = _write_adapter(model, adapter, task, stage)
             digest = weights_hash(written.tensors(), written.config)
-            place = _unchanged(written, earlier, path)
-            if place is None:
-                place = _free_name(path, task, digest)
-                fresh[written.place.path] = path / place
-            entries[task] = _entry(written, place, digest)
+            target, is_there = _target(path, written, digest, earlier)
+            if not is_there:
+                new[written.place.path] = target
+            config = written.config
+            entries[task] = {
+                "task": task, "folder": target.name, "history": written.history, "rank": config.r, "sha256": digest,
+                "similarities": config.similarities, "soft_coefficients": config.soft_coefficients,
+            }  # fmt: skip
         order = oldest_first({task: entry["history"] for task, entry in entries.items()})
-        manifest = Manifest({task: entries[task] for task in order}, base_model)
         flush(stage)
-        if fresh:  # named before they are there, so that the next save can remove them if this one is killed
-            names = [*earlier.unfinished, *(place.name for place in fresh.values())]
-            write_manifest(path, earlier._replace(unfinished=names))
-        for source, target in fresh.items():
+        if not (path / MANIFEST_NAME).exists():  # a first save that is killed is not taken for a shorter chain
+            write_manifest(path, Manifest({}))
+        for source, target in new.items():
             os.rename(source, target)
-        named = {entry["folder"] for entry in manifest.tasks.values()} | {ROOT}
-        listed = [entry["folder"] for entry in earlier.tasks.values() if "repo_id" not in entry]
-        old = [name for name in (*listed, *earlier.unfinished) if name not in named]
-        write_manifest(path, manifest._replace(unfinished=old))
-    for leftover in [*(path / name for name in old), *path.glob(f"{TEMPORARY}*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    if old:
-        write_manifest(path, manifest)
+        write_manifest(path, Manifest({task: entries[task] for task in order}, next(filter(None, bases), None)))
+    named = {entry["folder"] for entry in entries.values()} | {ROOT}
+    listed = [entry["folder"] for entry in earlier.tasks.values() if "repo_id" not in entry]
+    for old in [*(path / name for name in listed if name not in named), *path.glob(f"{TEMPORARY}*")]:
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -137,11 +147,7 @@ def remove_task(model: Any, task: str) -> None:
 
 
 def adapter_for(model: Any, task: str) -> str:
-    """The adapter that holds a task which is to be changed.
-
-    Raises:
-        ChainError: another kind of model, no such task, or adapters that are merged into the base weights.
-    """
+    """The adapter that holds a task which is to be changed; `ChainError` if there is none, or adapters are merged."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ASOLoraModel):
         raise ChainError("This needs a PeftModel with ASO_LORA adapters.")
     if model.base_model.is_merged:
@@ -158,44 +164,13 @@ def _adapter_named(task: str, configs: Mapping[str, Any]) -> str:
 
 
 def refuse_loss(
-    earlier: Manifest | None, saved: Collection[str], removed: Collection[str], overwrite: bool, where: str
+    earlier: Manifest, saved: Collection[str], removed: Collection[str], overwrite: bool, where: str
 ) -> None:
-    """Refuse to drop tasks that a `chain.json` lists, but for those that were removed on purpose.
-
-    Raises:
-        ChainError: names the tasks.
-    """
-    lost = [task for task in (earlier.tasks if earlier else ()) if task not in saved and task not in removed]
+    """Refuse to drop tasks that a `chain.json` lists, but for those that were removed on purpose."""
+    lost = [task for task in earlier.tasks if task not in saved and task not in removed]
     if lost and not overwrite:
-        raise ChainError(
-            f"{where} holds {', '.join(map(repr, lost))}, which would be lost: nothing was written. Choose another "
-            "place, load that chain first (load_chain) and add to it, or pass overwrite=True."
-        )
-
-
-def _renew_hashes(model: Any, adapters: Mapping[str, str]) -> None:
-    """Have each config name the history as it is saved; a warning if that has changed since the task was trained."""
-    hashes = {task: model.base_model.adapter_hash(adapter) for task, adapter in adapters.items()}
-    for task, adapter in adapters.items():
-        config = model.peft_config[adapter]
-        trained_on = config.history_hashes or {}
-        changed = {old: hashes[old] for old, digest in trained_on.items() if hashes[old] != digest}
-        if changed:
-            config.history_hashes = {**trained_on, **changed}
-            warnings.warn(
-                f"{task!r} was trained on top of other weights of {', '.join(map(repr, changed))} than are saved now "
-                "(another dtype rounds them). Its config gets the new hashes.",
-                stacklevel=3,
-            )
-
-
-def _earlier(path: Path, overwrite: bool) -> Manifest:
-    try:
-        return read_manifest(path) or Manifest({})
-    except ChainError as error:
-        if overwrite:
-            return Manifest({})
-        raise ChainError(f"{error} Or pass overwrite=True to write a new {MANIFEST_NAME}.") from error
+        names = ", ".join(map(repr, lost))
+        raise ChainError(f"{where} holds {names}, which would be lost: nothing was written. Or pass overwrite=True.")
 
 
 def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
@@ -215,15 +190,12 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
         check_task_name(task, f"The adapter {name!r}")
         if not is_free(task, taken):
             raise ChainError(
-                f"load_chain could not call an adapter {task!r}: the name has a dot, or is a part of the model's own "
-                f"names. Set another task_name in model.peft_config[{name!r}] and in the history of later tasks."
+                f"{task!r} has a dot, or is a part of the model's names. Set another task_name in its config."
             )
         lacking = [old for old in configs[name].history or [] if old not in selected]
         if lacking:
-            raise ChainError(
-                f"{task!r} was trained on top of {', '.join(map(repr, lacking))}, which would not be in the folder. "
-                "Save them together (tasks=None saves all), loading them first if need be."
-            )
+            old = ", ".join(map(repr, lacking))
+            raise ChainError(f"{task!r} was trained on top of {old}, which would not be there. Save them together.")
     return selected
 
 
@@ -237,33 +209,19 @@ def _write_adapter(model: Any, adapter: str, task: str, stage: Path) -> AdapterF
     return read_adapter(Place(target))
 
 
-def _unchanged(written: AdapterFile, earlier: Manifest, path: Path) -> str | None:
-    """The folder in which this task lies already, with the same bytes and the same config."""
-    entry = earlier.tasks.get(written.name)
-    if entry is None or "repo_id" in entry:
-        return None
-    try:
-        there = read_adapter(Place(path / entry["folder"]))
-        old, new = (each.place.path / SAFETENSORS_WEIGHTS_NAME for each in (there, written))
-        same = there.config.to_dict() == written.config.to_dict() and filecmp.cmp(old, new, shallow=False)
-    except (ChainError, OSError):
-        return None
-    return str(entry["folder"]) if same else None
-
-
-def _free_name(path: Path, task: str, digest: str) -> str:
-    names = [task, f"{task}-{digest[:8]}", f"{task}-{digest[:8]}-{os.urandom(4).hex()}"]
-    return next(name for name in names if not os.path.lexists(path / name))
-
-
-def _entry(adapter: AdapterFile, folder: str, digest: str) -> dict[str, Any]:
-    config = adapter.config
-    return {
-        "task": adapter.name,
-        "folder": folder,
-        "history": adapter.history,
-        "rank": config.r,
-        "sha256": digest,
-        "similarities": config.similarities,
-        "soft_coefficients": config.soft_coefficients,
-    }
+def _target(path: Path, written: AdapterFile, digest: str, earlier: Manifest) -> tuple[Path, bool]:
+    """The folder for a task, and whether the same bytes with the same config are in it already."""
+    task = written.name
+    known = earlier.tasks.get(task, {"repo_id": None})
+    names = [task, f"{task}-{digest[:8]}"]
+    if "repo_id" not in known and (path / known["folder"]).exists():
+        names.insert(0, known["folder"])
+    for place in (path / name for name in names):
+        if not os.path.lexists(place):
+            return place, False
+        with suppress(ChainError, OSError):
+            there = read_adapter(Place(place))
+            old, new = (each.place.path / SAFETENSORS_WEIGHTS_NAME for each in (there, written))
+            if there.config.to_dict() == written.config.to_dict() and filecmp.cmp(old, new, shallow=False):
+                return place, True
+    raise ChainError(f"There is no free name for the task {task!r} in {path}. Save the chain into another folder.")

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
@@ -217,16 +217,20 @@ class ASOLoraModel(LoraModel):
         concerns the whole model is done once.
 
         Args:
-            adapters: name -> its config and its tensors (file key -> tensor), oldest first, checked against the model.
-                Only adapters that are nothing but `lora_A` and `lora_B` of linear or convolution layers.
+            adapters: name -> its config and its tensors (file key -> tensor), oldest first. Only adapters that are
+                nothing but `lora_A` and `lora_B` of linear or convolution layers named in `target_modules`.
             autocast_adapter_dtype: as in PEFT: float32 weights where the base layer is in half precision.
 
         Raises:
-            HistoryError: a history that cannot be. The model is as before then, as after any other error.
+            ValueError: a history that cannot be, tensors that do not fit the model and the config, a damaged
+                attribution vector. The model is as before then, as after any other error.
         """
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         prefix = "base_model.model."
         try:
+            names = [
+                name for name, _ in self.model.named_modules() if ".lora_" not in name and ".base_layer" not in name
+            ]
             for name, (config, _) in adapters.items():
                 self.peft_config[name] = copy.deepcopy(config)
                 resolve_history(name, self.peft_config)
@@ -234,22 +238,27 @@ class ASOLoraModel(LoraModel):
             for name, (config, tensors) in bar:
                 empty = copy.copy(config)
                 empty.init_lora_weights, empty.inference_mode = False, True
-                targets: dict[str, list[str]] = {}
-                for key in sorted(key for key in tensors if ".lora_" in key):
-                    targets.setdefault(key.removeprefix(prefix).partition(".lora_")[0], []).append(key)
-                for target, keys in targets.items():
-                    module = self.model.get_submodule(target)
-                    parent, _, child = target.rpartition(".")
+                layers: dict[str, LoraLayer] = {}
+                for target in names:
+                    if not check_target_module_exists(config, target):
+                        continue
+                    module, (parent, _, child) = self.model.get_submodule(target), target.rpartition(".")
                     with torch.device("meta"):
                         self._create_and_replace(
                             empty, name, module, child, self.model.get_submodule(parent), current_key=target
                         )
-                    layer = self.model.get_submodule(target)
-                    if layer is not module:
-                        layer.set_adapter(self.active_adapters, inference_mode=True)
+                    layers[target] = self.model.get_submodule(target)
+                    if layers[target] is not module:
+                        layers[target].set_adapter(self.active_adapters, inference_mode=True)
+                shapes = {
+                    f".{name}.".join(key.rsplit(".", 1)): each.shape for key, each in tensors_of(layers, name).items()
+                }
+                found = {f".{name}.".join(key.rsplit(".", 1)): each for key, each in tensors.items()}
+                check_tensors(found, shapes, name, complete=True)
+                for target, layer in layers.items():
                     device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-                    for key in keys:
-                        matrix, _, leaf = key.removeprefix(f"{prefix}{target}.").partition(".")
+                    for key in tensors_of({target: layer}, name):
+                        matrix, leaf = key.removeprefix(f"{prefix}{target}.").split(".")
                         tensor = tensors[key]
                         dtype = dtype if dtype is not None and dtype.is_floating_point else tensor.dtype
                         own = torch.float32 if autocast_adapter_dtype and dtype.itemsize < 4 else dtype
@@ -257,9 +266,11 @@ class ASOLoraModel(LoraModel):
                         setattr(getattr(layer, matrix)[name], leaf, weight)
                 self.peft_config[name].fan_in_fan_out = empty.fan_in_fan_out  # PEFT corrects it for the layer's type
                 known = set(self.targeted_module_names)
-                self.targeted_module_names.extend(target for target in targets if target not in known)
-                if ATTRIBUTION_KEY in tensors and config.attribution_layout:
-                    self.attribution[name] = tensors[ATTRIBUTION_KEY].detach().float().cpu()
+                self.targeted_module_names.extend(target for target in layers if target not in known)
+                if ATTRIBUTION_KEY in tensors:
+                    check_attribution(name, config.attribution_layout, tensors[ATTRIBUTION_KEY])
+                    if config.attribution_layout:
+                        self.attribution[name] = tensors[ATTRIBUTION_KEY].detach().float().cpu()
             for parameter in trained:
                 parameter.requires_grad_(True)
             self._sync_history()

@@ -28,7 +28,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # made when it was imported
-        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # kept once it was made
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached once it was made
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -35,10 +35,6 @@ class Repo:
     def head(self) -> str:
         return self.commits[-1][0]
 
-    @property
-    def files(self) -> Files:
-        return self.commits[-1][1]
-
     def commit(self, files: Files) -> str:
         content = [str(len(self.commits)), *(f"{path} {oid(data)}" for path, data in sorted(files.items()))]
         self.commits.append((hashlib.sha1("\n".join(content).encode()).hexdigest(), files))
@@ -77,12 +73,14 @@ class Hub:
 
     def files(self, repo: str) -> Files:
         """What a reader sees."""
-        return dict(self.repos[repo].files)
+        return dict(self.repos[repo].commits[-1][1])
 
     def put(self, repo: str, files: dict[str, bytes | None]) -> str:
         """Commit files past the protocol, as somebody else's client would (None deletes); the new commit."""
         place = self.repos.setdefault(repo, Repo())
-        return place.commit({path: data for path, data in {**place.files, **files}.items() if data is not None})
+        return place.commit(
+            {path: data for path, data in {**place.commits[-1][1], **files}.items() if data is not None}
+        )
 
 
 def oid(content: bytes) -> str:
@@ -165,8 +163,6 @@ class Handler(BaseHTTPRequestHandler):
                 return commit
         raise Refused(404, "RevisionNotFound")
 
-    # ---- the requests -------------------------------------------------------------------------------------------
-
     def create(self) -> None:
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
@@ -182,19 +178,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"id": name, "sha": head, "siblings": [{"rfilename": path} for path in sorted(files)]})
 
     def tree(self, name: str, revision: str) -> None:
-        _, files = self.at(name, revision)
-        self.send(200, [entry(path, data) for path, data in sorted(files.items())])
+        self.send(200, [entry(path, data) for path, data in sorted(self.at(name, revision)[1].items())])
 
     def preupload(self, name: str, revision: str) -> None:
-        files, asked = self.repo(name, write=True).files, json.loads(self.body)["files"]
+        files, asked = self.repo(name, write=True).commits[-1][1], json.loads(self.body)["files"]
         found = [entry(file["path"], files.get(file["path"], b"")) for file in asked]
         answers = [
-            {
-                "path": each["path"],
-                "uploadMode": "lfs" if is_large(each["path"]) else "regular",
-                "shouldIgnore": False,
-                "oid": each.get("lfs", each)["oid"] if each["path"] in files else None,
-            }
+            {"path": each["path"], "uploadMode": "lfs" if is_large(each["path"]) else "regular", "shouldIgnore": False}
+            | {"oid": each.get("lfs", each)["oid"] if each["path"] in files else None}
             for each in found
         ]
         self.send(200, {"files": answers, "commitOid": self.hub.repos[name].head})
@@ -220,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
         header, *lines = [json.loads(line) for line in self.body.splitlines() if line]
         if header["value"].get("parentCommit") not in (None, repo.head):
             raise Refused(412, "")
-        files = dict(repo.files)
+        files = dict(repo.commits[-1][1])
         for line in lines:
             path = line["value"]["path"]
             if line["key"] == "file":
@@ -228,9 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[path] = self.hub.uploads[line["value"]["oid"]]
             else:
-                files = {
-                    name: data for name, data in files.items() if name != path and not name.startswith(path + "/")
-                }
+                files = {key: data for key, data in files.items() if key != path and not key.startswith(path + "/")}
         made = repo.commit(files)
         url = f"{self.hub.endpoint}/{name}/commit/{made}"
         self.send(200, {"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})

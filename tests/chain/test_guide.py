@@ -1,4 +1,4 @@
-"""The code of docs/hub.md runs as it stands there."""
+"""The code of docs/hub.md runs as it is written there."""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ from tests.chain.chains import (
     add,
     change_weights,
     edit_config,
-    edit_weights,
     entries,
     logits,
     make_chain,
@@ -52,11 +51,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert (written["format"], written["format_version"], "unfinished" in written) == ("peft_aso chain", 2, False)
     found = entries(folder)
     assert [entry["history"] for entry in found.values()] == [[], ["first"], ["first", "second"]]
-    assert [(entry["folder"], entry["rank"]) for entry in found.values()] == [
-        ("first", 2),
-        ("second", 2),
-        ("third", 3),
-    ]
+    assert [(each["folder"], each["rank"]) for each in found.values()] == [("first", 2), ("second", 2), ("third", 3)]
     assert found["third"]["soft_coefficients"] == {"first": 0.25, "second": 0.5}
     assert found["third"]["similarities"] == {"first": 0.75, "second": 0.5}
     for task, entry in found.items():
@@ -90,13 +85,11 @@ def test_chosen_tasks_and_what_is_no_task(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a\\b", "a\0b", "a.b", "layers", "lora_A", "a b", "ä", "a-b:c"])
+@pytest.mark.parametrize("name", ["sst2/v1", ".x", "a.b", "layers", "a b", "ä"])
 def test_a_name_that_is_saved_is_one_that_loads(tmp_path: Path, name: str) -> None:
-    model = make_chain(tasks={"default": {}, "second": {}})
+    model = make_chain(tasks={"default": {"task_name": "x"}})
     model.peft_config["default"].task_name = name
-    model.peft_config["second"].history, model.peft_config["second"].history_hashes = [name], None
-    model.base_model.refresh_history()
-    if name in ("a b", "ä", "a-b:c"):
+    if name in ("a b", "ä"):
         assert torch.equal(logits(load(save_chain(model, tmp_path / "chain"))), logits(model))
     else:
         with pytest.raises(ChainError):
@@ -161,25 +154,22 @@ def test_what_chain_json_does_not_name_is_left_out_by_name(tmp_path: Path) -> No
     save_chain(model, tmp_path)
     add(model, "fourth", **settings())
     model.save_pretrained(str(tmp_path), selected_adapters=["fourth"])
-    with pytest.warns(UserWarning, match="the adapters 'fourth', which its chain.json does not name.*save_chain"):
+    with pytest.warns(UserWarning, match="its chain.json does not name: 'fourth'.*save_chain"):
         loaded = load(tmp_path)
     assert loaded.active_adapters == ["third"]
     folders = [tmp_path / name for name in ("first", "second", "third", "fourth")]
     save_chain(load_chain(tiny("llama"), folders), tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*does not name")
-        with pytest.raises(UserWarning):  # the folder that it was added from is nobody's now
-            load(tmp_path)
-    assert entries(tmp_path)["fourth"]["folder"].startswith("fourth-")
+        assert load(tmp_path).active_adapters == ["fourth"]
+    assert entries(tmp_path)["fourth"]["folder"] == "fourth", "the folder with the same content is taken over"
 
-
-# ---- killed or out of disk at each step -------------------------------------------------------------------------
 
 STEPS: dict[str, tuple[str, int]] = {
     **{f"the weights of task {n}": ("peft.peft_model.safe_save_file", n) for n in (1, 2, 3)},
-    **{f"chain.json, {n}": ("os.replace", n) for n in (1, 2, 3)},
+    "chain.json": ("os.replace", 1),
     **{f"into place, {n}": ("os.rename", n) for n in (1, 2, 3)},
-    "removing": ("shutil.rmtree", 7),
+    "removing": ("shutil.rmtree", 5),
 }
 
 
@@ -210,7 +200,7 @@ def check_old_or_new(folder: Path, old: Any, new: Any) -> None:
     assert list(loaded.peft_config) == list(expected.peft_config)
 
 
-@pytest.mark.filterwarnings("error:.*does not name")
+@pytest.mark.filterwarnings("ignore:.*does not name")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("is_first", [False, True])
 def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_first: bool) -> None:
@@ -234,34 +224,35 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_f
         except ChainError as error:
             assert "no adapter in" in str(error) or "no task to load" in str(error)
     save_chain(new, folder)
-    assert len(os.listdir(folder)) == 4, "what the killed save left is gone"
+    left = [name for name in os.listdir(folder) if name not in {"chain.json", *folders(folder)}]
+    assert left == [] or step == "removing", "what the killed save wrote is used now"
     same_logits(load(folder), new)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", [step for step in STEPS if step != "removing"])
-def test_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
+@pytest.mark.parametrize("step", ["the weights of task 2", "into place, 2", "chain.json"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     folder, old, new = tmp_path / "chain", make_chain(seed=1), make_chain(seed=2)
     save_chain(old, folder)
 
     def fail() -> None:
-        raise error
+        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(type(error)):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patched(patch, step, fail)
         save_chain(new, folder)
-    check_old_or_new(folder, old, new)
+    same_logits(load(folder), old)
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
     save_chain(new, folder)
     same_logits(load(folder), new)
 
 
-# ---- chain.json as a cross-check when loading -------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_chain(make_chain(), tmp_path / "chain")
+
+
+def folders(folder: Path) -> set[str]:
+    return {entry["folder"] for entry in entries(folder).values()}
 
 
 def check_strict(folder: Path, message: str) -> Any:
@@ -273,28 +264,16 @@ def check_strict(folder: Path, message: str) -> Any:
 
 def test_changed_weights_scale_history_and_missing_task(folder: Path) -> None:
     change_weights(folder / "second")
-    check_strict(folder, r"'second'.* other weights or another scale .*sha256")
+    check_strict(folder, r"'second'.* other weights or another scale.* sha256")
     save_chain(make_chain(), folder)
     edit_config(folder / entries(folder)["second"]["folder"], lora_alpha=800)
     check_strict(folder, "'second'.* other weights or another scale")
     save_chain(make_chain(), folder)
     edit_config(folder / "third", history=["first"])
-    model = check_strict(folder, r"'third'.* the history \['first'\], and chain.json has \['first', 'second'\]")
+    model = check_strict(folder, r"'third'.* another history \['first'\], and chain.json has \['first', 'second'\]")
     assert model.base_model.tasks.histories["third"] == ("first",)
     shutil.rmtree(folder / "third")
     assert check_strict(folder, "lists the task 'third'.*not there").active_adapters == ["second"]
-
-
-def test_same_values_in_another_dtype_are_not_changed(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="'second' was trained on top of other weights of 'first' than are saved now"):
-        save_chain(make_chain().to(torch.bfloat16), tmp_path)
-    edit_weights(tmp_path / "second", lambda weights: weights.update({k: v.float() for k, v in weights.items()}))
-    load(tmp_path)
-
-
-def test_order_of_unrelated_tasks_is_that_of_chain_json(tmp_path: Path) -> None:
-    save_chain(make_chain(tasks={"zebra": {}, "apple": {"history": []}, "more": {"history": ["zebra"]}}), tmp_path)
-    assert list(load(tmp_path).peft_config) == ["zebra", "apple", "more"]
 
 
 def test_the_history_that_a_task_was_trained_on_is_checked_without_chain_json(folder: Path) -> None:
