@@ -25,9 +25,8 @@ Batch = dict[str, torch.Tensor]
 
 
 def scores(model: Any, batch: Batch, method: str = "auto", **settings: Any) -> AttributionVector:
-    return attribute(
-        model, batch, AttributionConfig(**{"steps": 3, "quadrature": "riemann", **settings}), method=method
-    )
+    config = AttributionConfig(**{"steps": 3, "quadrature": "riemann", **settings})
+    return attribute(model, batch, config, method=method)
 
 
 @pytest.mark.parametrize("method", ["fast", "reference"])
@@ -46,7 +45,7 @@ def test_scores_are_captums(name: str, padding: str, method: str, fresh_seed: in
     assert [name for name, _, _ in ours.layout] == [layer.name for layer in find_neurons(model)]
 
 
-def test_the_paper_is_the_references_default() -> None:
+def test_the_papers_sum_is_the_references_default() -> None:
     model = tiny("llama").double()
     batch = tiny_batch(model, 2)
     assert largest_gap(integrated_gradients(model, batch).scores, captum_scores(model, batch, steps=20)) <= 1e-5
