@@ -1,9 +1,11 @@
 """A prefix's keys and values, computed once and read by many rows of later forward passes.
 
-The rows of a pass repeat a few examples hundreds of times, and have their prefix in one of two ways (`PrefixLayer`).
-Copied: the cache returns the prefix's and the new keys and values in one tensor, a copy for each row. Shared: the new
-ones alone, and an attention function in transformers' registry adds the prefix, with one matrix product for all rows
-of an example. Sharing moves far less memory; copies work with attentions that bypass the registry.
+The rows of a pass repeat a few examples hundreds of times. Their prefix is copied or shared (`PrefixLayer`):
+
+- copied: the cache returns the prefix's and the new keys and values in one tensor, a copy for each row. This works
+  with every attention.
+- shared: the cache returns the new ones alone, and an attention function in transformers' registry adds the prefix,
+  with one matrix product for all rows of an example. This is twice as fast.
 """
 
 from __future__ import annotations
@@ -90,15 +92,15 @@ class Rows:
         return split.permute(2, 0, 3, 5, 1, 4, 6).reshape(-1, width, heads * group, size)
 
 
-# at most one: the prefix that the next attention has to add, and whether it is all that is attended to (in
-# cross-attention); None outside of `shared_prefixes`
+# at most one: the prefix that the next attention adds, and whether it attends to nothing else (cross-attention);
+# None outside of `shared_prefixes`
 _pending: ContextVar[list[tuple[PrefixLayer, bool]] | None] = ContextVar("pending", default=None)
 
 
 class PrefixLayer(CacheLayerMixin):
     """Keys and values of one attention layer, `(B, heads, P, d)`, for `rows`; nothing is ever added.
 
-    Without keys it is an empty prefix: `update` returns what it was given.
+    Without keys the prefix is empty, and `update` returns its arguments.
     """
 
     def __init__(
@@ -212,16 +214,15 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: `(R, H, W, d)` queries, the output as `(R, W, H, d)`.
+    """Attention to the pending prefix and the new keys; without a prefix it is transformers' own sdpa.
 
-    Without a pending prefix it is transformers' own sdpa.
+    The interface is that of transformers: queries `(R, H, W, d)`, the output `(R, W, H, d)`.
 
     Raises:
-        SharingUnsupported: an attention with a term that is not known here (a softcap, sinks), or with shapes
-            other than the cache's.
+        SharingUnsupported: an attention with a softcap, sinks or dropout, or with shapes other than the cache's.
     """
     pending = _pending.get()
-    if not pending:
+    if not pending:  # no prefix
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
@@ -262,7 +263,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def _by_example(bias: torch.Tensor, rows: Rows, shape: torch.Size) -> torch.Tensor:
-    """What is added to scores `(E, heads, n, g, W, keys)`; the rows of an example have one mask, the first one's."""
+    """A mask or bias to add to scores `(E, heads, n, g, W, keys)`; all rows of an example have the same."""
     _, heads, _, group, width, keys = shape
     if bias.shape[-2:] != (width, keys):
         raise SharingUnsupported(f"a mask or bias of shape {tuple(bias.shape)} for {keys} keys")
