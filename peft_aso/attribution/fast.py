@@ -5,7 +5,7 @@ Neurons are scaled where the answer is predicted, and in a causal model the prom
 - `fast_vector` groups examples whose answers have about the same length, one pass for all of a group.
 - `causal_suffix`, `decoder_suffix`: the prompt's keys and values are computed once. Only the suffix, from the first
   position that predicts an answer token to the last, runs again. For an encoder the suffix is all of the input.
-- `FastEngine` does several layers in one forward pass, each in its own rows (`ActivationPatch`).
+- `FastEngine` runs the suffix at all nodes of a layer in one forward pass, from the layer's block on.
 - `choose_setting` compares a small piece of the work with the reference before the first use on a model. Where they
   differ, the reference takes over, with a warning.
 """
@@ -272,104 +272,6 @@ def decoder_suffix(model: nn.Module, batch: LabelledBatch, setting: Setting) -> 
     return Suffix(model, inputs, batch.targets[:, :end], chosen[:, :end], cache, setting.shared)
 
 
-class ActivationPatch:
-    """Scale several layers in one forward pass, each in its own rows.
-
-    Rows are ordered by the layer that they scale, lowest first. A block runs the rows of the layers that it holds or
-    that lie below it; the rows of higher layers enter at their own block, with what was recorded below it:
-
-        block 2    rows of layer 0 | rows of layer 1 | rows of layer 2
-        block 1    rows of layer 0 | rows of layer 1 |
-        block 0    rows of layer 0 |
-
-    So each weight is read once for the rows of all layers, and the blocks below the first layer do not run.
-
-    Attributes:
-        rows: of the pass, one repetition for each layer.
-        neurons: for each layer n, `(E * K, W, size)`.
-        scaled: for each layer node * n, the leaves to differentiate by.
-    """
-
-    def __init__(self, engine: FastEngine, layers: list[NeuronLayer], rows: Rows, nodes: torch.Tensor) -> None:
-        self.layers, self.rows, self.outputs = layers, rows, engine.outputs
-        self.of_layer = replace(rows, layers=1)
-        self.total = rows.per_layer * len(layers)
-        self.positions = engine.suffix.positions[self.of_layer.indices().to(engine.suffix.positions.device)]
-        self.hidden = torch.empty(0)  # the states under way; the model itself is handed placeholders
-        self.neurons = [self.of_layer.take(engine.neurons[layer.name]) for layer in layers]
-        self.scaled = [(n * nodes.flatten()[:, None, None].to(n)).requires_grad_() for n in self.neurons]
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Patch the forward pass that is run inside."""
-        with ExitStack() as stack:
-            for part, layer in enumerate(self.layers):
-                stack.callback(layer.module.register_forward_pre_hook(partial(self._put, part)).remove)
-            for index, block in enumerate(self.layers[0].blocks):
-                below = sum(layer.block_index < index for layer in self.layers)
-                entering = sum(layer.block_index == index for layer in self.layers)
-                if below + entering:
-                    # what the user's hooks are given lies between these two
-                    enter = partial(self._enter, index, below, entering)
-                    stack.callback(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
-                    stack.callback(block.register_forward_hook(self._leave).remove)
-                    continue
-                # accelerate may have put a forward into the block, which goes back in its place
-                own = {"forward": block.forward} if "forward" in block.__dict__ else {}
-                stack.callback(block.__dict__.update, own)
-                stack.callback(block.__dict__.pop, "forward", None)
-                block.forward = self._skip
-            yield
-
-    def _put(self, part: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The input of a down projection, scaled in the layer's own rows."""
-        layer, scaled, size = self.layers[part], self.scaled[part], self.rows.per_layer
-        own = layer.by_position(args[0], self.rows.layers * size, self.positions.shape[1])
-        before, mine, after = own.split([part * size, size, len(own) - (part + 1) * size])
-        mine = torch.where(self.positions.to(own.device)[..., None], scaled.to(own.dtype), mine)
-        return (torch.cat([before, mine, after]).view_as(args[0]), *args[1:])
-
-    def _skip(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a block below all layers: placeholders, as no row runs."""
-        return self._for_all_rows(self.of_layer.take(self.outputs[self.layers[0].block_index - 1]))
-
-    def _enter(
-        self, index: int, below: int, entering: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of block `index` for the rows of the layers below it and of those that it holds."""
-        given = args[0] if args else kwargs.pop("hidden_states")
-        recorded = self.of_layer.take(self.outputs[index - 1]) if index else given[: self.rows.per_layer]
-        self.rows.layers = below + entering
-        hidden = torch.cat(([self.hidden] if below else []) + [_first_of(recorded)] * entering)
-        args, kwargs = each_tensor(self._running, (args[1:], kwargs))
-        return (hidden, *args), kwargs
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        self.hidden = _first_of(output)
-        return self._for_all_rows(output)
-
-    def _running(self, value: torch.Tensor) -> torch.Tensor:
-        """A block's argument for the rows that run, if it has one for each row (Bloom's alibi: each row and head)."""
-        times, rest = divmod(len(value), self.total) if value.ndim > 1 else (0, 0)
-        by_row = times > 0 and rest == 0 and (value.ndim > 2 or not value.is_floating_point())
-        return value[: self.rows.layers * self.rows.per_layer * times] if by_row else value
-
-    def _for_all_rows(self, output: Any) -> Any:
-        """A block's output with a row for all; hidden states that the next block does not read are zeros."""
-        hidden = _first_of(output)
-        count = len(hidden)
-
-        def repeated(value: torch.Tensor) -> torch.Tensor:
-            # what else a block returns (a T5's position bias) depends on the example alone
-            if value.ndim < 2 or len(value) != count or count == self.total:
-                return value
-            return value[: self.rows.per_layer].repeat(len(self.layers), *[1] * (value.ndim - 1))
-
-        if count < self.total:
-            hidden = hidden.new_zeros(()).expand(self.total, *hidden.shape[1:])
-        return (hidden, *each_tensor(repeated, output[1:])) if isinstance(output, tuple) else hidden
-
-
 class FastEngine:
     """Forward and backward passes over one suffix, for layers of one stack. Records an unscaled pass at the start.
 
@@ -377,7 +279,7 @@ class FastEngine:
         max_rows: rows that may run at once.
         log_p: log P(y* given x), float64 `(B,)`.
         neurons: layer name -> the neurons, at least float32 `(B, W, size)`, zero where they are not scaled.
-        outputs: block index -> what the block returned.
+        outputs: block index -> the block's output.
         unscaled: layer name -> the gradients at node 1, where nothing is scaled: one backward pass serves all layers.
 
     Raises:
@@ -390,19 +292,19 @@ class FastEngine:
         self.outputs: dict[int, Any] = {}
         inputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
-        def keep_input(layer: NeuronLayer, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            given = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-            inputs[layer.name].append(given)
-            return (given, *args[1:])
+        def record_input(layer: NeuronLayer, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            neurons = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            inputs[layer.name].append(neurons)
+            return (neurons, *args[1:])
 
-        def keep_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
+        def record_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
             self.outputs[index] = each_tensor(torch.Tensor.detach, output)
 
         with ExitStack() as hooks:
             for layer in layers:
-                hooks.callback(layer.module.register_forward_pre_hook(partial(keep_input, layer)).remove)
+                hooks.callback(layer.module.register_forward_pre_hook(partial(record_input, layer)).remove)
             for index, block in enumerate(layers[0].blocks):
-                hooks.callback(block.register_forward_hook(partial(keep_output, index)).remove)
+                hooks.callback(block.register_forward_hook(partial(record_output, index)).remove)
             log_p = suffix.log_p(Rows(torch.arange(self.size), self.size))
         for layer in layers:
             check_runs(layer, len(inputs[layer.name]))
@@ -423,36 +325,65 @@ class FastEngine:
         nodes, weights = nodes_and_weights(config)
         recorded = len(nodes) > 1 and bool(nodes[-1] == 1)
         nodes = nodes[: len(nodes) - recorded].expand(self.size, -1)
-        at_once = max(1, self.max_rows // nodes.numel()) if nodes.numel() else len(self.layers)
-        groups = [self.layers[start : start + at_once] for start in range(0, len(self.layers), at_once)]
         scores = {}
-        for group in groups:
-            for layer, samples in zip(group, self.gradients(group, torch.arange(self.size), nodes), strict=True):
-                if recorded:
-                    samples = Samples.cat([samples, self.unscaled[layer.name]])
-                scores[layer.name] = integrate(partial(self.gradients, [layer]), samples, weights, config)
-                if bar is not None:
-                    bar.update(self.size)
+        for layer in self.layers:
+            parts = self.gradients(layer, torch.arange(self.size), nodes)
+            samples = Samples.cat([*parts, self.unscaled[layer.name]] if recorded else parts)
+            scores[layer.name] = integrate(partial(self.gradients, layer), samples, weights, config)
+            if bar is not None:
+                bar.update(self.size)
         return scores
 
-    def gradients(self, layers: list[NeuronLayer], examples: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
-        """n * d log P / dn of each layer with its neurons at node * n (Eq. 10), examples `(E,)` at nodes `(E, K)`.
-
-        Several layers are done in one pass; one layer may take several.
-        """
-        found: list[list[Samples]] = [[] for _ in layers]
-        at_once = nodes.shape[1] if len(layers) > 1 else max(1, self.max_rows // len(examples))
-        for some in nodes.split(at_once, dim=1):
-            rows = Rows(examples, self.size, some.shape[1], len(layers))
-            patch = ActivationPatch(self, layers, rows, some)
-            with patch.applied():
+    def gradients(self, layer: NeuronLayer, examples: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
+        """n * d log P / dn with the neurons at node * n (Eq. 10), examples `(E,)` at nodes `(E, K)`."""
+        samples = []
+        for some in nodes.split(max(1, self.max_rows // len(examples)), dim=1):
+            rows, node = Rows(examples, self.size, some.shape[1]), some.flatten()
+            neurons = rows.take(self.neurons[layer.name])
+            scaled = (neurons * node[:, None, None].to(neurons)).requires_grad_()
+            with self.patched(layer, rows, scaled):
                 log_p = self.suffix.log_p(rows)
-            gradients = torch.autograd.grad(log_p.sum(), patch.scaled)
-            each = log_p.detach().view(len(layers), -1)
-            repeated = examples.repeat_interleave(some.shape[1])
-            for part, n, gradient, logs in zip(found, patch.neurons, gradients, each, strict=True):
-                part.append(Samples(repeated, some.flatten(), logs, (n * gradient).sum(1)))
-        return [Samples.cat(part) for part in found]
+            (gradient,) = torch.autograd.grad(log_p.sum(), scaled)
+            samples.append(Samples(rows.indices(), node, log_p, (neurons * gradient).sum(1)))
+        return samples
+
+    @contextmanager
+    def patched(self, layer: NeuronLayer, rows: Rows, scaled: torch.Tensor) -> Iterator[None]:
+        """Activation patching in the forward pass run inside: `layer` has the neurons `scaled` `(R, W, size)`.
+
+        The blocks below do not run. They return the recorded output of the last of them, which the layer's own block
+        reads:
+
+            block 2    runs
+            block 1    runs, its neurons scaled
+            block 0    recorded
+        """
+        positions = self.suffix.positions[rows.indices().to(self.suffix.positions.device)]
+        below = layer.blocks[: layer.block_index]
+        recorded = rows.take(self.outputs[len(below) - 1]) if below else None
+
+        def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            own = layer.by_position(args[0], *positions.shape)
+            patched = torch.where(positions.to(own.device)[..., None], scaled.to(own.dtype), own)
+            return (patched.view_as(args[0]), *args[1:])
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            hidden = recorded[0] if isinstance(recorded, tuple) else recorded
+            return (hidden, *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+        with ExitStack() as stack:
+            stack.callback(layer.module.register_forward_pre_hook(scale).remove)
+            for block in below:
+                # accelerate may have put a forward into the block, which goes back in its place
+                own = {"forward": block.forward} if "forward" in block.__dict__ else {}
+                stack.callback(block.__dict__.update, own)
+                stack.callback(block.__dict__.pop, "forward", None)
+                block.forward = lambda *_, **__: recorded
+            if below:
+                # the recorded output is that after the user's hooks, which would change it once more
+                hook = layer.blocks[len(below)].register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
 
 
 def choose_setting(
@@ -533,9 +464,3 @@ def _real_tokens(batch: LabelledBatch, positions: torch.Tensor) -> torch.Tensor:
 def _first(mask: torch.Tensor) -> torch.Tensor:
     """Column of the first True in each row."""
     return mask.long().argmax(1)
-
-
-def _first_of(output: Any) -> torch.Tensor:
-    """The hidden states in a block's output."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found

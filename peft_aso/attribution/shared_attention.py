@@ -43,29 +43,20 @@ def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 @dataclass
 class Rows:
-    """The rows of a forward pass: each of the examples `nodes` times, and all of that `layers` times.
-
-    With examples (0, 1), 2 nodes and 3 layers they are 0 0 1 1, 0 0 1 1, 0 0 1 1.
+    """The rows of a forward pass: each of the examples `nodes` times. Examples (0, 1) at 2 nodes are 0 0 1 1.
 
     Attributes:
         examples: int64 `(E,)`, indices into the batch, ascending.
         of_batch: how many examples the batch has.
-        layers: how many of the repetitions run at present (an activation patch lets a part of them through a block).
     """
 
     examples: torch.Tensor
     of_batch: int
     nodes: int = 1
-    layers: int = 1
-
-    @property
-    def per_layer(self) -> int:
-        """E * K."""
-        return len(self.examples) * self.nodes
 
     def indices(self) -> torch.Tensor:
         """The example of each row, `(R,)`."""
-        return self.examples.repeat_interleave(self.nodes).repeat(self.layers)
+        return self.examples.repeat_interleave(self.nodes)
 
     def take(self, value: Any) -> Any:
         """The tensors in `value` that have the batch in their first dimension, with these rows; others stay."""
@@ -74,7 +65,7 @@ class Rows:
             if tensor.ndim == 0 or len(tensor) != self.of_batch:
                 return tensor
             if self.of_batch == 1:
-                return tensor.expand(self.nodes * self.layers, *tensor.shape[1:])
+                return tensor.expand(self.nodes, *tensor.shape[1:])
             return tensor.index_select(0, self.indices().to(tensor.device))
 
         return each_tensor(taken, value)
@@ -82,14 +73,12 @@ class Rows:
     def by_example(self, states: torch.Tensor, heads: int) -> torch.Tensor:
         """`(R, heads * g, W, d)` as `(E, heads, n, g, W, d)`: the n rows of an example in one dimension."""
         _, many, width, size = states.shape
-        split = states.view(-1, len(self.examples), self.nodes, heads, many // heads, width, size)
-        return split.permute(1, 3, 0, 2, 4, 5, 6).reshape(len(self.examples), heads, -1, many // heads, width, size)
+        split = states.view(len(self.examples), self.nodes, heads, many // heads, width, size)
+        return split.transpose(1, 2)
 
     def by_row(self, states: torch.Tensor) -> torch.Tensor:
         """`(E, heads, n, g, W, d)` as `(R, W, heads * g, d)`, the layout of an attention's output."""
-        examples, heads, _, group, width, size = states.shape
-        split = states.view(examples, heads, -1, self.nodes, group, width, size)
-        return split.permute(2, 0, 3, 5, 1, 4, 6).reshape(-1, width, heads * group, size)
+        return states.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(0, 1)
 
 
 # at most one: the prefix that the next attention adds, and whether it attends to nothing else (cross-attention);
@@ -270,6 +259,6 @@ def _by_example(bias: torch.Tensor, rows: Rows, shape: torch.Size) -> torch.Tens
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, device=bias.device).masked_fill_(~bias, torch.finfo(torch.float32).min)
     if len(bias) > 1:
-        bias = bias[:: rows.nodes][: len(rows.examples)]
+        bias = bias[:: rows.nodes]
     per_head = (heads, 1, group) if bias.shape[1] > 1 else (1, 1, 1)
     return bias.detach().float().view(len(bias), *per_head, width, keys)
