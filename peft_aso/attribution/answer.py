@@ -1,6 +1,6 @@
 """What the answer of a batch is, where it is predicted, and how likely it is (Eq. 9).
 
-A batch has its answer in `labels`; -100 marks what is not the answer. Four kinds of model are told apart:
+A batch has its answer in `labels`; -100 marks all other positions. There are four kinds of model:
 
 | kind | labels | answer at position p | neurons are scaled at |
 |---|---|---|---|
@@ -61,10 +61,6 @@ class LabelledBatch:
     def rows(self, rows: torch.Tensor) -> Inputs:
         """The inputs of these examples, `(R,)`; an input without a row for each example stays the same."""
         return {name: x[rows] if x.ndim and len(x) == len(self) else x for name, x in self.inputs.items()}
-
-    def with_labels(self) -> Inputs:
-        """Inputs and labels, as `read_batch` takes them."""
-        return {**self.inputs, "labels": self.labels}
 
 
 def read_batch(model: nn.Module, batch: Mapping[str, Any], max_answer_tokens: int = 64) -> LabelledBatch:

@@ -55,7 +55,7 @@ class AttributionConfig:
     )
     max_rows: int | None = _setting(
         None,
-        "Largest number of rows (examples x steps x layers) in one forward pass. None chooses by the free memory.",
+        "Largest number of rows (examples x steps) in one forward pass. None chooses by the free memory.",
     )
     max_answer_tokens: int = _setting(
         64, "A longer answer is refused: most often it is a prompt whose labels were not set to -100."

@@ -83,8 +83,7 @@ def attribute(
     restored. The caller's autocast applies; probabilities are taken in float32 at least.
 
     Args:
-        model, batch, config: as in `integrated_gradients`. `config.max_rows` counts examples x nodes x layers and
-            changes the last digits at most.
+        model, batch, config: as in `integrated_gradients`. `config.max_rows` changes the last digits at most.
         method: "auto" takes the fast engine where it passes its self-check, and the reference with a warning where it
             does not; "fast" raises instead; "reference" runs the whole model for each layer and node.
         progress: show a bar over layers while it runs.
@@ -116,7 +115,9 @@ def attribute(
                     warnings.warn(f"Attribution of this batch runs the slow reference: {error}.", stacklevel=2)
         rest = [layer for layer in layers if layer.name not in scores]
         if rest:  # outside of all blocks, or of a stack that the fast engine cannot run
-            vector = integrated_gradients(model, read.with_labels(), _only(rest, config), progress=progress)
+            vector = integrated_gradients(
+                model, {**read.inputs, "labels": read.labels}, _only(rest, config), progress=progress
+            )
             scores.update(vector.scores_by_layer())
         return assemble({layer.name: scores[layer.name] for layer in layers}, float64(vector.log_probability))
 
@@ -133,8 +134,8 @@ def fast_vector(
     stack = layers[0].stack
     lengths = suffix_lengths(batch, stack)
     longest, keys = int(lengths.max()), max(mask.shape[1] for mask in batch.positions.values())
-    logits = longest if batch.targets.ndim > 1 else 1
-    max_rows = config.max_rows or rows_that_fit(model, layers, longest, keys, logits)
+    logits, copied = longest if batch.targets.ndim > 1 else 1, 0 if setting.shared else keys
+    max_rows = config.max_rows or rows_that_fit(model, layers, longest, keys, logits, copied)
     groups = [part for group in group_examples(lengths) for part in group.split(max_rows)]
     vectors = []
     for group in groups:
@@ -392,7 +393,7 @@ def choose_setting(
     """The setting under which the fast engine is right for such a batch; or None, with a warning the first time.
 
     It is found once for each model and situation, on two examples: one with the longest prefix, as one without reads
-    nothing from a cache, and one with the most padding on the left.
+    nothing from a cache, and one with padding on the left, if there is any.
 
     Raises:
         FastPathUnsupported: the batch is not for the fast engine; with method "fast" also where the model is not.
@@ -403,7 +404,8 @@ def choose_setting(
     prefix = (_first(chosen) - padding) * causal
     situation = f"{batch.kind}, {stack}, padded left: {bool(padding.any())}, prefix: {bool((prefix > 0).any())}"
     if situation not in known:
-        part = batch.examples(torch.tensor(sorted({int(prefix.argmax()), int(padding.argmax())})))
+        rows = {int(prefix.argmax()), int(prefix.masked_fill(padding == 0, -1).argmax())}
+        part = batch.examples(torch.tensor(sorted(rows)))
         known[situation] = found = self_check(model, part, layers, cached, config)
         if isinstance(found, str):
             warnings.warn(
@@ -423,7 +425,7 @@ def self_check(
     """The first setting with the reference's scores in the first, the middle and the last layer; or why none has."""
     layers = [layers[index] for index in sorted({0, len(layers) // 2, len(layers) - 1})]
     config = _only(layers, replace(config, steps=3, quadrature="riemann"))
-    reference = integrated_gradients(model, batch.with_labels(), config)
+    reference = integrated_gradients(model, {**batch.inputs, "labels": batch.labels}, config)
     dtype, device = getattr(model, "dtype", torch.float32), batch.targets.device.type
     half = torch.finfo(dtype).bits < 32 or torch.is_autocast_enabled(device)
     reason = ""

@@ -33,7 +33,7 @@ def integrated_gradients(
     """Integrated gradients of P(y* given x) for every FFN neuron, one row per example (Eq. 8-12).
 
     Each layer's neurons at the answer's positions are scaled together, and the layers above follow. The model runs in
-    eval mode and is left as it was found.
+    eval mode; its training flags and the random state are restored.
 
     Args:
         model: a transformers model, or a wrapper of one (PEFT, torch.compile, DistributedDataParallel). The adapters

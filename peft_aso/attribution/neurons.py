@@ -148,20 +148,25 @@ def find_neurons(
     return layers
 
 
-def rows_that_fit(model: nn.Module, layers: list[NeuronLayer], positions: int, keys: int, logits: int) -> int:
+def rows_that_fit(
+    model: nn.Module, layers: list[NeuronLayer], positions: int, keys: int, logits: int, copied: int = 0
+) -> int:
     """How many rows run at once in a pass with gradients: what a part of the free memory holds, up to a limit.
 
     Args:
         positions: tokens of a row that run; each attends to `keys` tokens.
         logits: positions of a row at which logits are computed.
+        copied: tokens whose keys and values are copied for each row.
     """
     text: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     hidden, heads, vocabulary = (
         int(getattr(text, name, None) or default)
         for name, default in (("hidden_size", layers[0].size // 4), ("num_attention_heads", 16), ("vocab_size", 0))
     )
-    activations = 10 * hidden + 4 * max(layer.size for layer in layers) + 2 * heads * keys  # of a block and token
-    row = 4 * positions * activations * max(len(layer.blocks) for layer in layers) + 12 * logits * vocabulary
+    activations = positions * (10 * hidden + 4 * max(layer.size for layer in layers) + 2 * heads * keys)  # of a block
+    row = (
+        4 * max(len(layer.blocks) for layer in layers) * (activations + 2 * hidden * copied) + 12 * logits * vocabulary
+    )
     device = next(model.parameters()).device
     free, most = 2 * 2**30, 512  # where the free memory is not known
     if device.type == "cuda":
