@@ -1,6 +1,6 @@
 """What the answer of a batch is, where it is predicted, and how likely it is (Eq. 9).
 
-A batch has its answer in `labels`; -100 marks what is not the answer. Four kinds of model are told apart:
+A batch has its answer in `labels`; -100 marks all other positions. There are four kinds of model:
 
 | kind | labels | answer at position p | neurons are scaled at |
 |---|---|---|---|
@@ -9,7 +9,7 @@ A batch has its answer in `labels`; -100 marks what is not the answer. Four kind
 | token | (B, L) | labels[p] | every token (of a causal backbone: the positions p) |
 | sequence | (B,) | the class | every token (of a causal backbone: the position that is pooled) |
 
-Whatever is wrong with a batch is an error here, before any work is done.
+A batch that does not fit its model is an error here, before the model runs.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass
 class LabelledBatch:
-    """A batch as a model takes it, and where its answer is.
+    """A model's inputs, and where their answer is.
 
     Attributes:
         inputs: the model's arguments, without labels, on its device.
-        labels: as they were given.
+        labels: the batch's.
         kind: "causal", "seq2seq", "token" or "sequence" (see the table above).
         targets: int64; `(B, L)` with the id that the logits at each position are to predict, or -100; `(B,)`
             classes for the kind "sequence".
@@ -59,12 +59,8 @@ class LabelledBatch:
         return LabelledBatch(self.rows(rows), self.labels[rows], self.kind, self.targets[rows], positions)
 
     def rows(self, rows: torch.Tensor) -> Inputs:
-        """The inputs with these examples, `(R,)`, as the batch; what has no row for each example as it is."""
+        """The inputs of these examples, `(R,)`; an input without a row for each example stays the same."""
         return {name: x[rows] if x.ndim and len(x) == len(self) else x for name, x in self.inputs.items()}
-
-    def as_given(self) -> Inputs:
-        """Inputs and labels, as `read_batch` takes them."""
-        return {**self.inputs, "labels": self.labels}
 
 
 def read_batch(model: nn.Module, batch: Mapping[str, Any], max_answer_tokens: int = 64) -> LabelledBatch:
@@ -81,47 +77,47 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], max_answer_tokens: in
             no kind.
     """
     if not isinstance(batch.get("labels"), torch.Tensor):
-        raise ValueError(
-            "The batch has no `labels` tensor, so there is no answer to attribute. Collate it with labels, -100 where "
-            "a token is not part of the answer."
-        )
+        raise ValueError("The batch has no `labels` tensor. Collate it with labels, -100 outside of the answer.")
     device = _device(model)
     tensors = {name: value.detach().to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     # autograd cannot save what was made under inference_mode
     tensors = {name: value.clone() if value.is_inference() else value for name, value in tensors.items()}
-    labels = tensors.pop("labels")
-    _refuse_packed(tensors, batch)
-    kind = _kind(model, labels)
-    _check_ids(model, labels, kind)
-    accepted = forward_parameters(model)
+    labels, accepted = tensors.pop("labels"), forward_parameters(model)
     inputs = {name: value for name, value in tensors.items() if name in accepted}
     mask, source = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
     if source is None:
         raise ValueError(f"The batch has neither input_ids nor inputs_embeds. It has {sorted(batch)}.")
     tokens = torch.ones(source.shape[:2], dtype=torch.bool, device=device)  # what is not padding
     tokens = mask.bool() if mask is not None and mask.ndim == 2 else tokens
+    _refuse_packed(batch, inputs.get("position_ids"), tokens)
+    kind = _kind(model, labels)
+    _check_ids(model, labels, kind)
     if kind == "sequence":
-        if len(labels) != len(tokens):
-            raise ValueError(f"The batch has {len(labels)} labels for {len(tokens)} examples.")
+        _check_shape(labels, tokens[:, 0], "examples")
         pooled = _pooled(model, inputs, tokens) if is_causal(model) else tokens
         return LabelledBatch(inputs, labels, kind, labels, {"single": pooled})
     if kind == "seq2seq":
-        _add_decoder_inputs(model, inputs, labels)
-    elif labels.shape != tokens.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} and inputs {tuple(tokens.shape)} differ in shape.")
+        if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+            shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise ValueError(f"{type(model).__name__} cannot shift labels. Add `decoder_input_ids` to the batch.")
+            inputs["decoder_input_ids"] = shift(labels)
+        decoder = inputs.get("decoder_input_ids", inputs.get("decoder_inputs_embeds"))
+        _check_shape(labels, decoder, "decoder inputs")
+    else:
+        _check_shape(labels, tokens, "inputs")
     targets = labels
     if kind == "causal":
         targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
     labelled = targets != IGNORE
     if not labelled.any():
         raise ValueError(
-            "No label of the batch is an answer token: all are -100 (for a causal model, the first label of a row "
-            "predicts nothing). Check that truncation did not cut the answers off."
+            "No label of the batch is an answer token: all are -100, or first in their row, which nothing predicts. "
+            "Check that truncation did not cut the answers off."
         )
     _refuse(
         ~labelled.any(1),
-        "Row {row} has no answer token: all its labels are -100. Leave that example out, or check that truncation did "
-        "not cut its answer off.",
+        "Row {row} has no answer token. Leave that example out, or check that truncation did not cut its answer off.",
     )
     if kind != "seq2seq":
         wrong = (labelled & ~tokens).any(1)
@@ -129,18 +125,18 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], max_answer_tokens: in
     if kind == "causal":
         _refuse(
             ~((labels == IGNORE) & tokens).any(1),
-            "Row {row} has labels on every token, the prompt's included. Set the labels of the prompt to -100 (a "
-            "completion-only collator does), so that the answer is what is attributed.",
+            "Row {row} has labels on every token. Set the labels of the prompt to -100, as a completion-only collator "
+            "does.",
         )
     _refuse(
         labelled.sum(1) > max_answer_tokens,
-        f"Row {{row}} has more answer tokens than max_answer_tokens={max_answer_tokens}. If its prompt is labelled, "
-        "mask the prompt with -100; if the answer is that long, raise max_answer_tokens.",
+        f"Row {{row}} has more answer tokens than max_answer_tokens={max_answer_tokens}. Set the labels of its prompt "
+        "to -100, or raise max_answer_tokens.",
     )
-    positions = {"single": labelled if kind != "token" or is_causal(model) else tokens}
     if kind == "seq2seq":
-        positions = {"encoder": tokens, "decoder": labelled}
-    return LabelledBatch(inputs, labels, kind, targets, positions)
+        return LabelledBatch(inputs, labels, kind, targets, {"encoder": tokens, "decoder": labelled})
+    scaled = tokens if kind == "token" and not is_causal(model) else labelled
+    return LabelledBatch(inputs, labels, kind, targets, {"single": scaled})
 
 
 def log_probability(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -205,60 +201,50 @@ def _check_ids(model: nn.Module, labels: torch.Tensor, kind: str) -> None:
     regression = getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
     if labels.is_floating_point() or (kind == "sequence" and (regression or config.num_labels == 1)):
         raise ValueError(
-            "Labels of a regression or a multi-label task name no single answer, so P(y* given x) is not defined. "
-            "Give integer labels: token ids, or one class per example."
+            "Labels of a regression or a multi-label task name no single answer. Give integer labels: token ids, or "
+            "one class per example."
         )
+    if kind == "sequence":
+        _refuse(labels == IGNORE, "The label of row {row} is -100, so it has no answer. Leave that example out.")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if kind == "sequence" or (kind == "token" and head is None):
-        size, what = config.num_labels, "classes"
+        size, unit = config.num_labels, "classes"
     else:
         size = head.weight.shape[0] if head is not None else config.get_text_config().vocab_size
-        what = "ids in the vocabulary"
-    if kind == "sequence":
-        _refuse(labels == IGNORE, "The label of row {row} is -100: it has no answer. Leave that example out.")
+        unit = "ids in the vocabulary"
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= size))
     if wrong.any():
         raise ValueError(
-            f"Label {int(labels[wrong][0])} is out of range: {type(model).__name__} has {size} {what}. Check that the "
+            f"Label {int(labels[wrong][0])} is out of range: {type(model).__name__} has {size} {unit}. Check that the "
             "tokenizer (or the label map) belongs to this model."
         )
 
 
-def _refuse_packed(tensors: Inputs, batch: Mapping[str, Any]) -> None:
+def _check_shape(labels: torch.Tensor, other: Any, name: str) -> None:
+    shape = other.shape[: labels.ndim]
+    if labels.shape != shape:
+        raise ValueError(f"labels {tuple(labels.shape)} and {name} {tuple(shape)} differ in shape.")
+
+
+def _refuse_packed(batch: Mapping[str, Any], position_ids: torch.Tensor | None, tokens: torch.Tensor) -> None:
     advice = "Collate one example per row, padded (for TRL: packing=False, padding_free=False)."
     present = [name for name in _PACKED_KEYS if batch.get(name) is not None]
     if present:
         raise ValueError(f"The batch is packed or padding-free (it has {', '.join(present)}). {advice}")
-    ids, mask = tensors.get("position_ids"), tensors.get("attention_mask")
-    if ids is not None and ids.ndim == 2:
-        real = mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
-        restarts = (ids[:, 1:] <= ids[:, :-1]) & real[:, 1:] & real[:, :-1]
-        _refuse(
-            restarts.any(1), f"position_ids of row {{row}} restart, so several examples are packed in it. {advice}"
-        )
-
-
-def _add_decoder_inputs(model: nn.Module, inputs: Inputs, labels: torch.Tensor) -> None:
-    if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-        shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:
-            raise ValueError(
-                f"{type(model).__name__} cannot make decoder inputs from labels. Add `decoder_input_ids` to the batch."
-            )
-        inputs["decoder_input_ids"] = shift(labels)
-    decoder = inputs.get("decoder_input_ids", inputs.get("decoder_inputs_embeds"))
-    if decoder is not None and decoder.shape[:2] != labels.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} and decoder inputs {tuple(decoder.shape)} differ in shape.")
+    if position_ids is not None and position_ids.shape == tokens.shape:
+        restarts = (position_ids[:, 1:] <= position_ids[:, :-1]) & tokens[:, 1:] & tokens[:, :-1]
+        message = "position_ids of row {row} restart, so several examples are packed in it. "
+        _refuse(restarts.any(1), message + advice)
 
 
 def _pooled(model: nn.Module, inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor:
     """The position that a causal classifier pools, bool `(B, L)`: its last token that is not the padding id."""
     config: Any = model.config
     pad = config.get_text_config().pad_token_id
-    places = torch.arange(tokens.shape[1], device=tokens.device)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
     if pad is None or "input_ids" not in inputs:
-        return (places == places[-1]).expand_as(tokens)
-    return places == (places * (inputs["input_ids"] != pad)).argmax(1, keepdim=True)
+        return (columns == columns[-1]).expand_as(tokens)
+    return columns == (columns * (inputs["input_ids"] != pad)).argmax(1, keepdim=True)
 
 
 def _refuse(wrong: torch.Tensor, message: str) -> None:

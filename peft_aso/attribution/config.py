@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def check_choice(name: str, value: object, choices: tuple[str | bool, ...]) -> None:
@@ -22,6 +22,11 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _setting(default: object, help_text: str) -> Any:
+    """A field with a help text for HfArgumentParser."""
+    return field(default=default, metadata={"help": help_text})
+
+
 @dataclass
 class AttributionConfig:
     """How attribution vectors are computed (Eq. 8-12), compared (Eq. 13) and turned into psi (Eq. 6).
@@ -30,98 +35,69 @@ class AttributionConfig:
         ValueError: a value outside of what a field's help lists.
     """
 
-    steps: int = field(
-        default=20,
-        metadata={
-            "help": "m of Eq. 11: the number of points at which the gradient is taken. With "
-            "quadrature='adaptive' 1/m is the tolerance."
-        },
+    steps: int = _setting(
+        20,
+        "m of Eq. 11: the number of points at which the gradient is taken. With quadrature='adaptive' 1/m is the "
+        "tolerance.",
     )
-    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = field(
-        default="adaptive",
-        metadata={
-            "help": "'riemann' (the paper's right Riemann sum), 'gauss_legendre', or 'adaptive': for each layer and "
-            "example as many points as it takes for the change of P to come out right to a part 1/m."
-        },
+    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = _setting(
+        "adaptive",
+        "'riemann' (the paper's right Riemann sum), 'gauss_legendre', or 'adaptive': for each layer and example as "
+        "many points as it takes for the change of P to come out right to a part 1/m.",
     )
-    neurons: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "The modules whose inputs are the FFN neurons: a regular expression that matches the whole module "
-            "name, or a list of name endings. None finds the down projections by structure."
-        },
+    neurons: list[str] | str | None = _setting(
+        None,
+        "The modules whose inputs are the FFN neurons: a regular expression that matches the whole module name, or "
+        "a list of name endings. None finds the down projections by structure.",
     )
-    stacks: Literal["all", "encoder", "decoder"] = field(
-        default="all", metadata={"help": "Neurons of an encoder-decoder: 'all', 'encoder' or 'decoder'."}
+    stacks: Literal["all", "encoder", "decoder"] = _setting(
+        "all", "Neurons of an encoder-decoder: 'all', 'encoder' or 'decoder'."
     )
-    max_rows: int | None = field(
-        default=None,
-        metadata={
-            "help": "Largest number of rows (examples x steps x layers) in one forward pass. None chooses by the free "
-            "memory."
-        },
+    max_rows: int | None = _setting(
+        None,
+        "Largest number of rows (examples x steps) in one forward pass. None chooses by the free memory.",
     )
-    max_answer_tokens: int = field(
-        default=64,
-        metadata={"help": "A longer answer is refused: most often it is a prompt whose labels were not set to -100."},
+    max_answer_tokens: int = _setting(
+        64, "A longer answer is refused: most often it is a prompt whose labels were not set to -100."
     )
-    attribution_model: Literal["auto", "cumulative", "task"] = field(
-        default="auto",
-        metadata={
-            "help": "The model of an earlier task: 'cumulative' (base + adapters 1..t), 'task' (base + adapter t, "
-            "Eq. 2) or 'auto' (cumulative if the history is in the forward pass during training, else task)."
-        },
+    attribution_model: Literal["auto", "cumulative", "task"] = _setting(
+        "auto",
+        "The model of an earlier task: 'cumulative' (base + adapters 1..t), 'task' (base + adapter t, Eq. 2) or "
+        "'auto' (cumulative if the history is in the forward pass during training, else task).",
     )
-    aggregation: Literal["per_example", "mean"] = field(
-        default="per_example",
-        metadata={"help": "'per_example' (the mean of each probe example's w) or 'mean' (w of the mean vectors)."},
+    aggregation: Literal["per_example", "mean"] = _setting(
+        "per_example", "'per_example' (the mean of each probe example's w) or 'mean' (w of the mean vectors)."
     )
-    absolute: bool = field(default=False, metadata={"help": "Compare absolute scores instead of signed ones."})
-    similarity: Literal["spearman", "pearson", "cosine", "none"] = field(
-        default="spearman",
-        metadata={
-            "help": "'spearman' (Eq. 13), 'pearson', 'cosine', or 'none': w = 0 and psi = 1 (hard orthogonality, as "
-            "O-LoRA), and no attribution is computed."
-        },
+    absolute: bool = _setting(False, "Compare absolute scores instead of signed ones.")
+    similarity: Literal["spearman", "pearson", "cosine", "none"] = _setting(
+        "spearman",
+        "'spearman' (Eq. 13), 'pearson', 'cosine', or 'none': w = 0 and psi = 1 (hard orthogonality, as O-LoRA), "
+        "and no attribution is computed.",
     )
-    granularity: Literal["task", "layer"] = field(
-        default="task",
-        metadata={"help": "'task' (one w for each earlier task) or 'layer' (one for each earlier task and layer)."},
+    granularity: Literal["task", "layer"] = _setting(
+        "task", "'task' (one w for each earlier task) or 'layer' (one for each earlier task and layer)."
     )
-    source: Literal["current", "stored"] = field(
-        default="current",
-        metadata={
-            "help": "'current' (the earlier tasks' models run on the new task's data, Eq. 13) or 'stored' (the "
-            "attribution vectors saved with the earlier adapters are compared)."
-        },
+    source: Literal["current", "stored"] = _setting(
+        "current",
+        "'current' (the earlier tasks' models run on the new task's data, Eq. 13) or 'stored' (the attribution "
+        "vectors saved with the earlier adapters are compared).",
     )
-    clip: bool = field(
-        default=False,
-        metadata={"help": "Clip psi to [0, 1]. Off: Eq. 6 as it stands, a negative w makes psi larger than 1."},
+    clip: bool = _setting(False, "Clip psi to [0, 1]. Off: Eq. 6 as it stands, a negative w makes psi larger than 1.")
+    refresh: float = _setting(
+        0.1,
+        "When the current task's vector is computed again: a fraction of the run if below 1, else a number of "
+        "optimizer steps; 0: only once, before the first step.",
     )
-    refresh: float = field(
-        default=0.1,
-        metadata={
-            "help": "When the current task's vector is computed again: a fraction of the run if below 1, else a "
-            "number of optimizer steps; 0: only once, before the first step."
-        },
-    )
-    probe_size: int = field(
-        default=16,
-        metadata={
-            "help": "The number of training examples that the vectors are computed on. With 16 the standard error of "
-            "w is 0.02 to 0.04; it halves with four times as many."
-        },
+    probe_size: int = _setting(
+        16,
+        "The number of training examples that the vectors are computed on. With 16 the standard error of w is 0.02 "
+        "to 0.04; it halves with four times as many.",
     )
 
     def __post_init__(self) -> None:
-        check_choice("quadrature", self.quadrature, ("riemann", "gauss_legendre", "adaptive"))
-        check_choice("stacks", self.stacks, ("all", "encoder", "decoder"))
-        check_choice("attribution_model", self.attribution_model, ("auto", "cumulative", "task"))
-        check_choice("aggregation", self.aggregation, ("per_example", "mean"))
-        check_choice("similarity", self.similarity, ("spearman", "pearson", "cosine", "none"))
-        check_choice("granularity", self.granularity, ("task", "layer"))
-        check_choice("source", self.source, ("current", "stored"))
+        for name, hint in get_type_hints(AttributionConfig).items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), get_args(hint))
         for name in ("steps", "probe_size", "max_answer_tokens"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")

@@ -1,25 +1,25 @@
 """The fast engine for integrated gradients: the numbers of integrated_gradients.py in a hundredth of the time.
 
-Neurons are scaled where the answer is predicted, and in a causal model nothing of that reaches the prompt.
+Neurons are scaled where the answer is predicted, and in a causal model the prompt does not depend on them.
 
-- The prompt's keys and values are computed once; only the suffix, from the first position that predicts an answer
-  token to the last, is run again (`Suffix`). For an encoder all of the input is the suffix.
-- Several layers are done in one forward pass, each in its own rows, and the blocks below return what was recorded
-  once (`ActivationPatch`).
-- Examples with answers of about the same length share a pass (`group_examples`).
-
-This holds for transformers as they usually are. So a small piece of the work is compared with the reference before the
-first use on a model (`choose_setting`); where they differ, the reference takes over, with a warning.
+- `fast_vector` groups examples whose answers have about the same length, one pass for all of a group.
+- `causal_suffix`, `decoder_suffix`: the prompt's keys and values are computed once. Only the suffix, from the first
+  position that predicts an answer token to the last, runs again. For an encoder the suffix is all of the input.
+- `FastEngine` runs the suffix at all nodes of a layer in one forward pass, from the layer's block on.
+- `choose_setting` compares a small piece of the work with the reference before the first use on a model. Where they
+  differ, the reference takes over, with a warning.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,7 +38,7 @@ from .quadrature import Samples, nodes_and_weights
 from .shared_attention import PrefixLayer, Rows, each_tensor, prefix_cache, shared_prefixes
 from .vector import AttributionVector, LayerScores, assemble, float64
 
-# positions of padding that the suffixes of a group may have, of all its positions
+# how much shorter than the longest a suffix of a group may be, as a part of it
 _PADDING = 0.1
 # how far scores may be from the reference's, as a part of the layer's largest: bfloat16 has eight bits
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 1e-1
@@ -50,12 +50,19 @@ class FastPathUnsupported(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """How the fast engine runs a model."""
+    """How the fast engine runs a model.
 
-    shared: bool  # rows share their example's prefix in the attention (shared_attention.py); else each has a copy
-    # tokens are numbered by column, as Llama does, or among those that are not padding, as OPT does, where the batch
-    # has no position_ids; it matters where padding is on the left
-    by_rank: bool
+    Attributes:
+        shared: rows share their example's prefix in the attention (shared_attention.py); else each has a copy.
+        skip_padding: how positions are numbered where the batch has no position_ids: by token, as in OPT; else by
+            column, as in Llama. They differ where padding is on the left.
+        extra_padding: columns added in front of every prompt. The self-check adds some, which shows whether the model
+            follows position_ids or counts columns.
+    """
+
+    shared: bool = False
+    skip_padding: bool = False
+    extra_padding: int = 0
 
 
 # model -> situation -> the setting that passed the self-check, or why none did
@@ -72,12 +79,11 @@ def attribute(
 ) -> AttributionVector:
     """Integrated gradients of P(y* given x) for every FFN neuron, one row per example (Eq. 8-12).
 
-    The model runs in eval mode and is left as it was found: training flags, random state, gradients, hooks and
-    configuration. The caller's autocast applies; probabilities are taken in float32 at least.
+    The model runs in eval mode; its training flags, gradients, hooks and configuration and the random state are
+    restored. The caller's autocast applies; probabilities are taken in float32 at least.
 
     Args:
-        model, batch, config: as in `integrated_gradients`. `config.max_rows` counts examples x nodes x layers and
-            changes the last digits at most.
+        model, batch, config: as in `integrated_gradients`. `config.max_rows` changes the last digits at most.
         method: "auto" takes the fast engine where it passes its self-check, and the reference with a warning where it
             does not; "fast" raises instead; "reference" runs the whole model for each layer and node.
         progress: show a bar over layers while it runs.
@@ -109,7 +115,9 @@ def attribute(
                     warnings.warn(f"Attribution of this batch runs the slow reference: {error}.", stacklevel=2)
         rest = [layer for layer in layers if layer.name not in scores]
         if rest:  # outside of all blocks, or of a stack that the fast engine cannot run
-            vector = integrated_gradients(model, read.as_given(), _only(rest, config), progress=progress)
+            vector = integrated_gradients(
+                model, {**read.inputs, "labels": read.labels}, _only(rest, config), progress=progress
+            )
             scores.update(vector.scores_by_layer())
         return assemble({layer.name: scores[layer.name] for layer in layers}, float64(vector.log_probability))
 
@@ -121,54 +129,44 @@ def fast_vector(
     setting: Setting,
     config: AttributionConfig,
     bar: Any = None,
-    padding: int = 0,
 ) -> AttributionVector:
-    """Eq. 12 for layers of one stack; `padding`: of `causal_suffix`."""
+    """Eq. 12 for layers of one stack."""
     stack = layers[0].stack
     lengths = suffix_lengths(batch, stack)
     longest, keys = int(lengths.max()), max(mask.shape[1] for mask in batch.positions.values())
     logits, copied = longest if batch.targets.ndim > 1 else 1, 0 if setting.shared else keys
-    max_rows, besides = rows_that_fit(model, layers, longest, keys, logits, copied)
-    if config.max_rows is not None:
-        max_rows, besides = config.max_rows, 1.0
+    max_rows = config.max_rows or rows_that_fit(model, layers, longest, keys, logits, copied)
     groups = [part for group in group_examples(lengths) for part in group.split(max_rows)]
     vectors = []
     for group in groups:
         part = batch.examples(group)
         if batch.kind == "causal":
-            suffix = causal_suffix(model, part, setting, padding)
+            suffix = causal_suffix(model, part, setting)
         elif stack == "decoder":
             suffix = decoder_suffix(model, part, setting)
         else:
             suffix = Suffix(model, dict(part.inputs), part.targets, part.positions[stack])
-        engine = FastEngine(suffix, layers, max_rows, besides)
+        engine = FastEngine(suffix, layers, max_rows)
         vectors.append(assemble(engine.scores(config, bar), engine.log_p))
     return AttributionVector.cat(vectors).examples(torch.cat(groups).argsort())
 
 
 def suffix_lengths(batch: LabelledBatch, stack: str) -> torch.Tensor:
-    """How many positions of each example are run again, `(B,)`: from the first that is scaled to the last."""
+    """How many positions of each example run again, `(B,)`."""
     chosen = batch.positions[stack]
     if stack == "encoder" or batch.kind not in ("causal", "seq2seq"):
         return torch.full((len(chosen),), chosen.shape[1])
-    return (chosen.shape[1] - _first(chosen) - _first(chosen.flip(1))).cpu()
+    start = _first(chosen) if batch.kind == "causal" else 0
+    return (chosen.shape[1] - start - _first(chosen.flip(1))).cpu()
 
 
 def group_examples(lengths: torch.Tensor) -> list[torch.Tensor]:
-    """Examples in groups of nearly equal suffixes, as indices `(E,)`; longest first.
+    """Examples in groups, as indices `(E,)`, whose suffixes differ in length by at most a tenth of the longest.
 
-    All suffixes of a group are run as long as its longest, for each node and layer.
+    All suffixes of a group run as long as its longest, for each node and layer.
     """
-    groups: list[list[int]] = []
-    longest, used = 0, 0
-    for length in lengths.unique().flip(0).tolist():
-        equal = (lengths == length).nonzero()[:, 0].tolist()
-        used += length * len(equal)
-        if not groups or used < (1 - _PADDING) * longest * (len(groups[-1]) + len(equal)):
-            groups.append([])
-            longest, used = length, length * len(equal)
-        groups[-1] += equal
-    return [torch.tensor(sorted(group)) for group in groups]
+    size = (lengths.double().log() / -math.log(1 - _PADDING)).floor()
+    return [(size == each).nonzero()[:, 0] for each in size.unique()]
 
 
 @dataclass
@@ -177,10 +175,9 @@ class Suffix:
 
     Attributes:
         inputs: the model's arguments for them, the batch in the first dimension.
-        targets: the ids to predict, as in `Answer`.
-        positions: bool `(B, W)`, where neurons are scaled.
-        cache: the prefix's keys and values; None where there is none.
-        shared: of `Setting`.
+        targets, positions: as in `LabelledBatch`, of these W positions.
+        cache: the prefix's keys and values; None without a prefix.
+        shared: as in `Setting`.
     """
 
     model: nn.Module
@@ -206,223 +203,109 @@ class Suffix:
         return log_probability(logits, targets[rows.indices().to(targets.device)])
 
 
-def causal_suffix(model: nn.Module, batch: LabelledBatch, setting: Setting, padding: int) -> Suffix:
+def causal_suffix(model: nn.Module, batch: LabelledBatch, setting: Setting) -> Suffix:
     """The suffix of a causal model.
 
-    Prompts and answers differ in length. The batch is laid out anew, so that all suffixes start in one column, with
-    the position ids that the model would have used on the batch as given:
+    Prompts and answers differ in length. The columns are shifted, so that all suffixes start in the same one; tokens
+    have the position ids that they had:
 
-        given:   p p p a a .        laid out:   p p p | a a
-                 p a . . . .                    . . p | a .
-
-    Args:
-        padding: more columns in front of every prompt, for the self-check: they unmask a model that counts columns
-            where it should read position_ids.
+        batch:   p p p a a .        shifted:   p p p | a a
+                 p a . . . .                   . . p | a .
 
     Raises:
-        FastPathUnsupported: the batch cannot be laid out anew, or the model does not fill the cache.
+        FastPathUnsupported: the batch cannot be shifted, or the model does not fill the cache.
     """
     chosen = batch.positions["single"]
     tokens, width = _real_tokens(batch, chosen), chosen.shape[1]
     first, start, end = _first(tokens), _first(chosen), width - _first(chosen.flip(1))
-    length = int((start - first).max())
-    length += padding if length else 0
-    steps = torch.arange(width + padding, device=chosen.device)
-    prefix = start[:, None] - length + steps[:length]
-    suffix = start[:, None] + steps[: int((end - start).max())]
-    in_suffix = suffix < end[:, None]
-    columns = torch.cat([prefix, suffix], 1).clamp(0, width - 1)
+    prefix = int((start - first).max())
+    prefix += setting.extra_padding if prefix else 0
+    total = prefix + int((end - start).max())
+    columns = start[:, None] - prefix + torch.arange(total, device=chosen.device)
+    present = (columns >= first[:, None]) & (columns < end[:, None])
+    rows, columns = torch.arange(len(columns), device=chosen.device)[:, None], columns.clamp(0, width - 1)
 
-    laid_out: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
     for name, tensor in batch.inputs.items():
         if tensor.shape[:2] != chosen.shape:
             raise FastPathUnsupported(f"{name} of shape {tuple(tensor.shape)} is not one entry per token")
-        laid_out[name] = tensor[torch.arange(len(columns), device=tensor.device)[:, None], columns]
-    if "position_ids" not in laid_out and "position_ids" in forward_parameters(model):
-        ids = (tokens.cumsum(1) - 1).clamp(min=0) if setting.by_rank else steps[:width].expand_as(chosen)
-        laid_out["position_ids"] = ids.gather(1, columns)
-    laid_out["attention_mask"] = torch.cat([prefix >= first[:, None], in_suffix], 1).long()
-
-    positions = chosen.gather(1, columns[:, length:]) & in_suffix
-    targets = batch.targets.gather(1, columns[:, length:]).masked_fill(~in_suffix, IGNORE)
-    again = {name: tensor if name == "attention_mask" else tensor[:, length:] for name, tensor in laid_out.items()}
-    if not length:
+        inputs[name] = tensor[rows, columns]
+    if "position_ids" not in inputs and "position_ids" in forward_parameters(model):
+        by_column = torch.arange(width, device=chosen.device).expand_as(chosen)
+        ids = (tokens.cumsum(1) - 1).clamp(min=0) if setting.skip_padding else by_column
+        inputs["position_ids"] = ids[rows, columns]
+    inputs["attention_mask"] = present.long()
+    again = {name: tensor if name == "attention_mask" else tensor[:, prefix:] for name, tensor in inputs.items()}
+    positions = (chosen[rows, columns] & present)[:, prefix:]
+    targets = batch.targets[rows, columns].masked_fill(~present, IGNORE)[:, prefix:]
+    if not prefix:
         return Suffix(model, again, targets, positions)
     options = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
-    before, cache = {name: tensor[:, :length] for name, tensor in laid_out.items()}, DynamicCache()
+    before, cache = {name: tensor[:, :prefix] for name, tensor in inputs.items()}, DynamicCache()
     with torch.no_grad():
         model(**before, **options, past_key_values=cache, use_cache=True, return_dict=True)
-    if cache.get_seq_length() != length:
+    if cache.get_seq_length() != prefix:
         raise FastPathUnsupported(f"{type(model).__name__} did not fill the cache that it was given")
     return Suffix(model, again, targets, positions, cache, setting.shared)
 
 
 def decoder_suffix(model: nn.Module, batch: LabelledBatch, setting: Setting) -> Suffix:
-    """The suffix of an encoder-decoder's decoder: from the first column with a label to the last.
+    """The suffix of an encoder-decoder's decoder: its columns up to the last with a label.
 
-    Runs the encoder, and the decoder on what comes before (mostly nothing: answers start in the first column).
+    Runs the encoder once, and caches the keys and values of its states for the cross-attention.
 
     Raises:
         FastPathUnsupported: an input that the encoder does not take.
     """
     chosen, encoder = batch.positions["decoder"], model.get_encoder()  # type: ignore[operator]
-    labelled = chosen.any(0).nonzero()[:, 0]
-    start, end = int(labelled[0]), int(labelled[-1]) + 1
+    end = int(chosen.any(0).nonzero()[-1]) + 1
     given = {name: tensor for name, tensor in batch.inputs.items() if not name.startswith("decoder_")}
     foreign = given.keys() - forward_parameters(encoder)
     if foreign:
         raise FastPathUnsupported(f"the encoder of {type(model).__name__} does not take {', '.join(foreign)}")
-
-    def columns(begin: int, stop: int) -> dict[str, Any]:
-        own = {name: tensor[:, begin:stop] for name, tensor in batch.inputs.items() if name.startswith("decoder_")}
-        if "decoder_attention_mask" in batch.inputs:
-            own["decoder_attention_mask"] = batch.inputs["decoder_attention_mask"][:, :stop]
-        return {**encoded, **own}
-
+    inputs: dict[str, Any] = {name: x[:, :end] for name, x in batch.inputs.items() if name not in given}
+    if "attention_mask" in given:
+        inputs["attention_mask"] = given["attention_mask"]
+    cache = EncoderDecoderCache(Cache(layer_class_to_replicate=PrefixLayer), DynamicCache())
     with torch.no_grad():
-        encoded: dict[str, Any] = {"encoder_outputs": BaseModelOutput(encoder(**given, return_dict=True)[0])}
-        if "attention_mask" in given:
-            encoded["attention_mask"] = given["attention_mask"]
-        # without anything before, running the suffix once fills the cross-attention's part of the cache
-        before = DynamicCache() if start else Cache(layer_class_to_replicate=PrefixLayer)
-        cache = EncoderDecoderCache(before, DynamicCache())
-        model(**columns(0, start or end), past_key_values=cache, use_cache=True, return_dict=True)
-    again = columns(start, end)
-    return Suffix(model, again, batch.targets[:, start:end], chosen[:, start:end], cache, setting.shared)
-
-
-class ActivationPatch:
-    """Scale several layers in one forward pass, each in its own rows.
-
-    Rows are ordered by the layer that they scale, lowest first. A block runs the rows of the layers that it holds or
-    that lie below it; the rows of higher layers enter at their own block, with what was recorded below it:
-
-        block 2    rows of layer 0 | rows of layer 1 | rows of layer 2
-        block 1    rows of layer 0 | rows of layer 1 |
-        block 0    rows of layer 0 |
-
-    So each weight is read once for the rows of all layers, and the blocks below the first layer do not run.
-
-    Attributes:
-        rows: of the pass, one repetition for each layer.
-        neurons: for each layer n, `(E * K, W, size)`.
-        scaled: for each layer node * n, the leaves to differentiate by.
-    """
-
-    def __init__(self, engine: FastEngine, layers: list[NeuronLayer], rows: Rows, nodes: torch.Tensor) -> None:
-        self.layers, self.rows, self.outputs = layers, rows, engine.outputs
-        self.of_layer = replace(rows, layers=1)
-        self.total = rows.per_layer * len(layers)
-        self.positions = engine.suffix.positions[self.of_layer.indices().to(engine.suffix.positions.device)]
-        self.hidden = torch.empty(0)  # the states under way; the model itself is handed placeholders
-        self.neurons = [self.of_layer.take(engine.neurons[layer.name]) for layer in layers]
-        self.scaled = [(n * nodes.flatten()[:, None, None].to(n)).requires_grad_() for n in self.neurons]
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Patch the forward pass that is run inside."""
-        with ExitStack() as stack:
-            for part, layer in enumerate(self.layers):
-                stack.callback(layer.module.register_forward_pre_hook(partial(self._put, part)).remove)
-            for index, block in enumerate(self.layers[0].blocks):
-                below = sum(layer.block_index < index for layer in self.layers)
-                entering = sum(layer.block_index == index for layer in self.layers)
-                if below + entering:
-                    # what the user's hooks are given lies between these two
-                    enter = partial(self._enter, index, below, entering)
-                    stack.callback(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
-                    stack.callback(block.register_forward_hook(self._leave).remove)
-                    continue
-                # accelerate may have put a forward into the block, which goes back in its place
-                own = {"forward": block.forward} if "forward" in block.__dict__ else {}
-                stack.callback(block.__dict__.update, own)
-                stack.callback(block.__dict__.pop, "forward", None)
-                block.forward = self._skip
-            yield
-
-    def _put(self, part: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The input of a down projection, scaled in the layer's own rows."""
-        layer, scaled, size = self.layers[part], self.scaled[part], self.rows.per_layer
-        own = layer.by_position(args[0], self.rows.layers * size, self.positions.shape[1])
-        before, mine, after = own.split([part * size, size, len(own) - (part + 1) * size])
-        mine = torch.where(self.positions.to(own.device)[..., None], scaled.to(own.dtype), mine)
-        return (torch.cat([before, mine, after]).view_as(args[0]), *args[1:])
-
-    def _skip(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a block below all layers: placeholders, as no row runs."""
-        return self._for_all_rows(self.of_layer.take(self.outputs[self.layers[0].block_index - 1]))
-
-    def _enter(
-        self, index: int, below: int, entering: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of block `index` for the rows of the layers below it and of those that it holds."""
-        given = args[0] if args else kwargs.pop("hidden_states")
-        recorded = self.of_layer.take(self.outputs[index - 1]) if index else given[: self.rows.per_layer]
-        self.rows.layers = below + entering
-        hidden = torch.cat(([self.hidden] if below else []) + [_first_of(recorded)] * entering)
-        args, kwargs = each_tensor(self._running, (args[1:], kwargs))
-        return (hidden, *args), kwargs
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        self.hidden = _first_of(output)
-        return self._for_all_rows(output)
-
-    def _running(self, value: torch.Tensor) -> torch.Tensor:
-        """A block's argument for the rows that run, if it has one for each row (Bloom's alibi: each row and head)."""
-        times, rest = divmod(len(value), self.total) if value.ndim > 1 else (0, 0)
-        by_row = times > 0 and rest == 0 and (value.ndim > 2 or not value.is_floating_point())
-        return value[: self.rows.layers * self.rows.per_layer * times] if by_row else value
-
-    def _for_all_rows(self, output: Any) -> Any:
-        """A block's output with a row for all; hidden states that the next block does not read are zeros."""
-        hidden = _first_of(output)
-        count = len(hidden)
-
-        def repeated(value: torch.Tensor) -> torch.Tensor:
-            # what else a block returns (a T5's position bias) depends on the example alone
-            if value.ndim < 2 or len(value) != count or count == self.total:
-                return value
-            return value[: self.rows.per_layer].repeat(len(self.layers), *[1] * (value.ndim - 1))
-
-        if count < self.total:
-            hidden = hidden.new_zeros(()).expand(self.total, *hidden.shape[1:])
-        return (hidden, *each_tensor(repeated, output[1:])) if isinstance(output, tuple) else hidden
+        inputs["encoder_outputs"] = BaseModelOutput(encoder(**given, return_dict=True)[0])
+        model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
+    return Suffix(model, inputs, batch.targets[:, :end], chosen[:, :end], cache, setting.shared)
 
 
 class FastEngine:
     """Forward and backward passes over one suffix, for layers of one stack. Records an unscaled pass at the start.
 
     Attributes:
-        max_rows: rows that may run at once, if all blocks run.
-        besides: the part of a row's memory that does not depend on how many blocks run; 1: rows are counted alone.
+        max_rows: rows that may run at once.
         log_p: log P(y* given x), float64 `(B,)`.
         neurons: layer name -> the neurons, at least float32 `(B, W, size)`, zero where they are not scaled.
-        outputs: block index -> what the block returned.
+        outputs: block index -> the block's output.
         unscaled: layer name -> the gradients at node 1, where nothing is scaled: one backward pass serves all layers.
 
     Raises:
         ValueError: a layer that ran several times or never.
     """
 
-    def __init__(self, suffix: Suffix, layers: list[NeuronLayer], max_rows: int, besides: float) -> None:
-        self.suffix, self.layers, self.max_rows, self.besides = suffix, layers, max_rows, besides
+    def __init__(self, suffix: Suffix, layers: list[NeuronLayer], max_rows: int) -> None:
+        self.suffix, self.layers, self.max_rows = suffix, layers, max_rows
         self.size = len(suffix.positions)
         self.outputs: dict[int, Any] = {}
         inputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
-        def keep_input(layer: NeuronLayer, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            given = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-            inputs[layer.name].append(given)
-            return (given, *args[1:])
+        def record_input(layer: NeuronLayer, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            neurons = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            inputs[layer.name].append(neurons)
+            return (neurons, *args[1:])
 
-        def keep_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
+        def record_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
             self.outputs[index] = each_tensor(torch.Tensor.detach, output)
 
         with ExitStack() as hooks:
             for layer in layers:
-                hooks.callback(layer.module.register_forward_pre_hook(partial(keep_input, layer)).remove)
+                hooks.callback(layer.module.register_forward_pre_hook(partial(record_input, layer)).remove)
             for index, block in enumerate(layers[0].blocks):
-                hooks.callback(block.register_forward_hook(partial(keep_output, index)).remove)
+                hooks.callback(block.register_forward_hook(partial(record_output, index)).remove)
             log_p = suffix.log_p(Rows(torch.arange(self.size), self.size))
         for layer in layers:
             check_runs(layer, len(inputs[layer.name]))
@@ -443,44 +326,65 @@ class FastEngine:
         nodes, weights = nodes_and_weights(config)
         recorded = len(nodes) > 1 and bool(nodes[-1] == 1)
         nodes = nodes[: len(nodes) - recorded].expand(self.size, -1)
-        groups: list[list[NeuronLayer]] = []  # layers that fit in one pass
-        used = 0.0
-        for layer in self.layers:
-            run = 1 - layer.block_index / len(layer.blocks)
-            cost = nodes.numel() * (self.besides + (1 - self.besides) * run)
-            if not groups or used + cost > self.max_rows:
-                groups.append([])
-                used = 0.0
-            groups[-1].append(layer)
-            used += cost
         scores = {}
-        for group in groups:
-            for layer, samples in zip(group, self.gradients(group, torch.arange(self.size), nodes), strict=True):
-                if recorded:
-                    samples = Samples.cat([samples, self.unscaled[layer.name]])
-                scores[layer.name] = integrate(partial(self.gradients, [layer]), samples, weights, config)
-                if bar is not None:
-                    bar.update(self.size)
+        for layer in self.layers:
+            parts = self.gradients(layer, torch.arange(self.size), nodes)
+            samples = Samples.cat([*parts, self.unscaled[layer.name]] if recorded else parts)
+            scores[layer.name] = integrate(partial(self.gradients, layer), samples, weights, config)
+            if bar is not None:
+                bar.update(self.size)
         return scores
 
-    def gradients(self, layers: list[NeuronLayer], examples: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
-        """n * d log P / dn of each layer with its neurons at node * n (Eq. 10), examples `(E,)` at nodes `(E, K)`.
-
-        Several layers are done in one pass; one layer may take several.
-        """
-        found: list[list[Samples]] = [[] for _ in layers]
-        at_once = nodes.shape[1] if len(layers) > 1 else max(1, self.max_rows // len(examples))
-        for some in nodes.split(at_once, dim=1):
-            rows = Rows(examples, self.size, some.shape[1], len(layers))
-            patch = ActivationPatch(self, layers, rows, some)
-            with patch.applied():
+    def gradients(self, layer: NeuronLayer, examples: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
+        """n * d log P / dn with the neurons at node * n (Eq. 10), examples `(E,)` at nodes `(E, K)`."""
+        samples = []
+        for some in nodes.split(max(1, self.max_rows // len(examples)), dim=1):
+            rows, node = Rows(examples, self.size, some.shape[1]), some.flatten()
+            neurons = rows.take(self.neurons[layer.name])
+            scaled = (neurons * node[:, None, None].to(neurons)).requires_grad_()
+            with self.patched(layer, rows, scaled):
                 log_p = self.suffix.log_p(rows)
-            gradients = torch.autograd.grad(log_p.sum(), patch.scaled)
-            each = log_p.detach().view(len(layers), -1)
-            repeated = examples.repeat_interleave(some.shape[1])
-            for part, n, gradient, logs in zip(found, patch.neurons, gradients, each, strict=True):
-                part.append(Samples(repeated, some.flatten(), logs, (n * gradient).sum(1)))
-        return [Samples.cat(part) for part in found]
+            (gradient,) = torch.autograd.grad(log_p.sum(), scaled)
+            samples.append(Samples(rows.indices(), node, log_p, (neurons * gradient).sum(1)))
+        return samples
+
+    @contextmanager
+    def patched(self, layer: NeuronLayer, rows: Rows, scaled: torch.Tensor) -> Iterator[None]:
+        """Activation patching in the forward pass run inside: `layer` has the neurons `scaled` `(R, W, size)`.
+
+        The blocks below do not run. They return the recorded output of the last of them, which the layer's own block
+        reads:
+
+            block 2    runs
+            block 1    runs, its neurons scaled
+            block 0    recorded
+        """
+        positions = self.suffix.positions[rows.indices().to(self.suffix.positions.device)]
+        below = layer.blocks[: layer.block_index]
+        recorded = rows.take(self.outputs[len(below) - 1]) if below else None
+
+        def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            own = layer.by_position(args[0], *positions.shape)
+            patched = torch.where(positions.to(own.device)[..., None], scaled.to(own.dtype), own)
+            return (patched.view_as(args[0]), *args[1:])
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            hidden = recorded[0] if isinstance(recorded, tuple) else recorded
+            return (hidden, *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+        with ExitStack() as stack:
+            stack.callback(layer.module.register_forward_pre_hook(scale).remove)
+            for block in below:
+                # accelerate may have put a forward into the block, which goes back in its place
+                own = {"forward": block.forward} if "forward" in block.__dict__ else {}
+                stack.callback(block.__dict__.update, own)
+                stack.callback(block.__dict__.pop, "forward", None)
+                block.forward = lambda *_, **__: recorded
+            if below:
+                # the recorded output is that after the user's hooks, which would change it once more
+                hook = layer.blocks[len(below)].register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
 
 
 def choose_setting(
@@ -488,54 +392,58 @@ def choose_setting(
 ) -> Setting | None:
     """The setting under which the fast engine is right for such a batch; or None, with a warning the first time.
 
-    The first, the middle and the last layer of two examples are compared with the reference, once for each model and
-    situation: an example with the longest prefix, as one without reads nothing from a cache, and one with padding on
-    the left, if there is any.
+    It is found once for each model and situation, on two examples: one with the longest prefix, as one without reads
+    nothing from a cache, and one with padding on the left, if there is any.
 
     Raises:
         FastPathUnsupported: the batch is not for the fast engine; with method "fast" also where the model is not.
     """
     known, stack, causal = _checked.setdefault(model, {}), layers[0].stack, batch.kind == "causal"
     chosen, mask, cached = batch.positions[stack], batch.inputs.get("attention_mask"), causal or stack == "decoder"
-    prefix = _first(chosen) * cached - (_first(_real_tokens(batch, chosen)) if causal else 0)
-    padded = mask[:, 0] == 0 if mask is not None and mask.ndim == 2 else prefix < 0
-    left = bool(padded.any())
-    situation = f"{batch.kind}, {stack}, padded left: {left}, prefix: {bool((prefix > 0).any())}"
+    padding = _first(mask) if mask is not None and mask.ndim == 2 else torch.zeros(len(chosen), device=chosen.device)
+    prefix = (_first(chosen) - padding) * causal
+    situation = f"{batch.kind}, {stack}, padded left: {bool(padding.any())}, prefix: {bool((prefix > 0).any())}"
     if situation not in known:
-        own_ids = "position_ids" in batch.inputs or "position_ids" not in forward_parameters(model)
-        numberings = (False, True) if left and causal and not own_ids else (False,)
-        settings = [Setting(shared, each) for each in numberings for shared in ((True, False) if cached else (False,))]
-        rows = {int(prefix.argmax()), int(prefix.masked_fill(~padded, -1).argmax())}
+        rows = {int(prefix.argmax()), int(prefix.masked_fill(padding == 0, -1).argmax())}
         part = batch.examples(torch.tensor(sorted(rows)))
-        three = [layers[index] for index in sorted({0, len(layers) // 2, len(layers) - 1})]
-        config = _only(three, replace(config, steps=3, quadrature="riemann"))
-        reference = integrated_gradients(model, part.as_given(), config)
-        dtype, device = getattr(model, "dtype", torch.float32), chosen.device.type
-        half = torch.finfo(dtype).bits < 32 or torch.is_autocast_enabled(device)
-        for setting in settings:
-            try:
-                vector = fast_vector(model, part, three, setting, config, padding=2)
-            except FastPathUnsupported:
-                raise
-            except Exception as error:  # whatever the fast engine fails on, the reference does not need it
-                known[situation] = f"it raised {type(error).__name__}: {error}"
-                continue
-            pairs = [(vector.layer(layer.name), reference.layer(layer.name)) for layer in three]
-            gap = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
-            if gap <= (_HALF_TOLERANCE if half else _TOLERANCE):
-                known[situation] = setting
-                break
-            known[situation] = f"scores differ by {gap:.1e} of the largest one"
-        if isinstance(known[situation], str):
+        known[situation] = found = self_check(model, part, layers, cached, config)
+        if isinstance(found, str):
             warnings.warn(
                 f"Attribution of {type(model).__name__} runs the reference, which is exact but slow: the fast engine "
-                f"did not pass its self-check, {known[situation]}.",
+                f"did not pass its self-check, {found}.",
                 stacklevel=3,
             )
     found = known[situation]
     if isinstance(found, str) and method == "fast":
         raise FastPathUnsupported(f"the fast engine did not pass its self-check on {type(model).__name__}: {found}")
     return found if isinstance(found, Setting) else None
+
+
+def self_check(
+    model: nn.Module, batch: LabelledBatch, layers: list[NeuronLayer], cached: bool, config: AttributionConfig
+) -> Setting | str:
+    """The first setting with the reference's scores in the first, the middle and the last layer; or why none has."""
+    layers = [layers[index] for index in sorted({0, len(layers) // 2, len(layers) - 1})]
+    config = _only(layers, replace(config, steps=3, quadrature="riemann"))
+    reference = integrated_gradients(model, {**batch.inputs, "labels": batch.labels}, config)
+    dtype, device = getattr(model, "dtype", torch.float32), batch.targets.device.type
+    half = torch.finfo(dtype).bits < 32 or torch.is_autocast_enabled(device)
+    reason = ""
+    for skip_padding, shared in product((False, True), (True, False)) if cached else [(False, False)]:
+        setting = Setting(shared, skip_padding)
+        try:
+            vector = fast_vector(model, batch, layers, replace(setting, extra_padding=2), config)
+        except FastPathUnsupported:
+            raise
+        except Exception as error:  # whatever the fast engine fails on, the reference does not need it
+            reason = f"it raised {type(error).__name__}: {error}".rstrip(".")
+            continue
+        pairs = [(vector.layer(layer.name), reference.layer(layer.name)) for layer in layers]
+        gap = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
+        if gap <= (_HALF_TOLERANCE if half else _TOLERANCE):
+            return setting
+        reason = f"scores differ by {gap:.1e} of the largest one"
+    return reason
 
 
 def _only(layers: list[NeuronLayer], config: AttributionConfig) -> AttributionConfig:
@@ -548,19 +456,13 @@ def _real_tokens(batch: LabelledBatch, positions: torch.Tensor) -> torch.Tensor:
     if mask is None:
         return torch.ones_like(positions)
     if mask.shape != positions.shape:
-        raise FastPathUnsupported(f"an attention mask of shape {tuple(mask.shape)} cannot be laid out anew")
+        raise FastPathUnsupported(f"an attention mask of shape {tuple(mask.shape)} cannot be shifted")
     tokens = mask.bool()
     if (tokens.sum(1) != tokens.shape[1] - _first(tokens) - _first(tokens.flip(1))).any():
-        raise FastPathUnsupported("an attention mask with holes between tokens cannot be laid out anew")
+        raise FastPathUnsupported("an attention mask with holes between tokens cannot be shifted")
     return tokens
 
 
 def _first(mask: torch.Tensor) -> torch.Tensor:
     """Column of the first True in each row."""
     return mask.long().argmax(1)
-
-
-def _first_of(output: Any) -> torch.Tensor:
-    """The hidden states in a block's output."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found

@@ -33,7 +33,7 @@ def integrated_gradients(
     """Integrated gradients of P(y* given x) for every FFN neuron, one row per example (Eq. 8-12).
 
     Each layer's neurons at the answer's positions are scaled together, and the layers above follow. The model runs in
-    eval mode and is left as it was found.
+    eval mode; its training flags and the random state are restored.
 
     Args:
         model: a transformers model, or a wrapper of one (PEFT, torch.compile, DistributedDataParallel). The adapters
@@ -56,7 +56,7 @@ def integrated_gradients(
     with gathered(model), eval_mode(model):
         read = read_batch(model, batch, config.max_answer_tokens)
         width = max(mask.shape[1] for mask in read.positions.values())
-        max_rows = config.max_rows or rows_that_fit(model, layers, width, width, read.targets[0].numel())[0]
+        max_rows = config.max_rows or rows_that_fit(model, layers, width, width, read.targets[0].numel())
         options = {"return_dict": True, **({"use_cache": False} if "use_cache" in forward_parameters(model) else {})}
 
         def log_p(rows: torch.Tensor) -> torch.Tensor:
@@ -164,5 +164,5 @@ def check_runs(layer: NeuronLayer, runs: int) -> None:
     if runs != 1:
         raise ValueError(
             f"{layer.name} ran {runs} times in one forward pass, so it has no single set of neurons (blocks that "
-            "share weights, or experts). Leave it out with AttributionConfig(neurons=...)."
+            "share weights, or experts). Leave it out with the setting `neurons` of AttributionConfig."
         )

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import nn
 
-_SETTING = "`AttributionConfig(neurons=...)`"
+_SETTING = "the setting `neurons` of AttributionConfig"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -29,25 +29,28 @@ class NeuronLayer:
         name: name of the down projection in the transformers model (without wrappers).
         module: the down projection, whose input is the neurons; the wrapper where an adapter wraps it.
         size: number of neurons, N of this layer.
-        block: the transformer block that holds it, None where a manual setting points outside all blocks.
-        block_index: the block's place in its stack, -1 without a block.
         stack: "encoder" or "decoder" for encoder-decoder models, "single" otherwise.
-        blocks: all blocks of that stack, lowest first.
+        blocks: all blocks of that stack, lowest first; none where a manual setting names a layer outside of them.
+        block_index: the place of the layer's own block among them, -1 without one.
     """
 
     name: str
     module: nn.Module
     size: int
-    block: nn.Module | None
-    block_index: int
     stack: str
-    blocks: list[nn.Module] = field(default_factory=list, repr=False)
+    blocks: list[nn.Module] = field(repr=False)
+    block_index: int
+
+    @property
+    def block(self) -> nn.Module | None:
+        """The transformer block that holds the layer."""
+        return self.blocks[self.block_index] if self.blocks else None
 
     def by_position(self, neurons: torch.Tensor, rows: int, positions: int) -> torch.Tensor:
-        """What the down projection is given, as `(rows, positions, size)`; OPT flattens rows and positions.
+        """The down projection's input as `(rows, positions, size)`; OPT flattens rows and positions.
 
         Raises:
-            ValueError: it is not one vector for each position (experts see some tokens only).
+            ValueError: it does not have one vector for each position (experts see some tokens only).
         """
         if neurons.numel() != rows * positions * self.size:
             raise ValueError(
@@ -103,8 +106,8 @@ def find_neurons(
     """Every FFN down projection of `model`, in the order of `named_modules()`.
 
     Args:
-        model: a transformers model; wrappers are looked through.
-        neurons: None finds them by structure. A string is a regular expression that must match the whole
+        model: a transformers model, with or without wrappers.
+        neurons: None finds them by structure. A string is a regular expression that must match the full
             module name; a list holds suffixes of module names, as PEFT's `target_modules` does.
         stacks: "all", or only the "encoder" or the "decoder" of an encoder-decoder.
 
@@ -112,56 +115,58 @@ def find_neurons(
         ValueError: none found, experts in a block, a setting that matches no linear layer, a stack without neurons.
     """
     model = unwrap(model)
-    names = {module: name for name, module in model.named_modules()}
-    lists = _lists_of_blocks(model)
+    named = dict(model.named_modules())
+    owner: dict[nn.Module, tuple[str, list[nn.Module], int]] = {}  # module -> its list of blocks, and which of them
+    for name, module in named.items():
+        if isinstance(module, nn.ModuleList) and module not in owner:  # the outermost lists
+            blocks = list(module)
+            for index, block in enumerate(blocks):
+                owner.update(dict.fromkeys(block.modules(), (name, blocks, index)))
     if neurons is None:
-        downs = [_down_projection(block, names) for _, blocks in lists for block in blocks]
-        found = {down for down in downs if down is not None}
+        blocks = [module for module, (_, blocks, index) in owner.items() if module is blocks[index]]
+        found = {_down_projection(block, named) for block in blocks} - {None}
         if not found:
             raise ValueError(
                 f"There is no FFN down projection in {type(model).__name__}: no block has a linear layer from h to f "
-                f"features followed by one from f to h. Name them with {_SETTING}: a regular expression for whole "
+                f"features followed by one from f to h. Name them with {_SETTING}: a regular expression for full "
                 "module names, or a list of suffixes such as ['down_proj']."
             )
     else:
-        found = _named(model, neurons)
-    where = {block: (prefix, blocks, index) for prefix, blocks in lists for index, block in enumerate(blocks)}
-    owner = {module: block for block in where for module in block.modules()}
+        found = set(_matching(model, neurons))
     layers = []
-    for module, name in names.items():
+    for name, module in named.items():
         widths = _widths(module)
-        if module not in found or widths is None:
-            continue
-        block = owner.get(module)
-        prefix, blocks, index = where[block] if block is not None else (name, [], -1)
-        stack = "single"
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            stack = "decoder" if "decoder" in prefix.split(".") else "encoder"
-        layers.append(NeuronLayer(name, module, widths[0], block, index, stack, blocks))
-    if stacks != "all":
-        layers = [layer for layer in layers if layer.stack == stacks]
-        if not layers:
-            raise ValueError(f"{type(model).__name__} has no FFN neurons in a stack {stacks!r}. Use stacks='all'.")
+        if module in found and widths is not None:
+            prefix, blocks, index = owner.get(module, (name, [], -1))
+            stack = "single"
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                stack = "decoder" if "decoder" in prefix.split(".") else "encoder"
+            if stacks in ("all", stack):
+                layers.append(NeuronLayer(name, module, widths[0], stack, blocks, index))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no FFN neurons in a stack {stacks!r}. Use stacks='all'.")
     return layers
 
 
 def rows_that_fit(
     model: nn.Module, layers: list[NeuronLayer], positions: int, keys: int, logits: int, copied: int = 0
-) -> tuple[int, float]:
-    """How many rows run at once in a pass with gradients: as many as a part of the free memory holds, and no more than
-    pays; and which part of a row's memory does not depend on how many blocks run.
+) -> int:
+    """How many rows run at once in a pass with gradients: what a part of the free memory holds, up to a limit.
 
     Args:
-        positions: tokens of a row that run, of `keys` that each attends to.
-        logits: positions at which logits are computed.
+        positions: tokens of a row that run; each attends to `keys` tokens.
+        logits: positions of a row at which logits are computed.
         copied: tokens whose keys and values are copied for each row.
     """
     text: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    hidden = int(getattr(text, "hidden_size", None) or layers[0].size // 4)
-    heads, vocabulary = int(getattr(text, "num_attention_heads", None) or 16), int(getattr(text, "vocab_size", 0) or 0)
-    blocks = max(len(layer.blocks) for layer in layers) or 1
-    activations = 4 * blocks * positions * (10 * hidden + 4 * max(layer.size for layer in layers))
-    besides = 8 * blocks * (positions * heads * keys + hidden * copied) + 12 * logits * vocabulary
+    hidden, heads, vocabulary = (
+        int(getattr(text, name, None) or default)
+        for name, default in (("hidden_size", layers[0].size // 4), ("num_attention_heads", 16), ("vocab_size", 0))
+    )
+    activations = positions * (10 * hidden + 4 * max(layer.size for layer in layers) + 2 * heads * keys)  # of a block
+    row = (
+        4 * max(len(layer.blocks) for layer in layers) * (activations + 2 * hidden * copied) + 12 * logits * vocabulary
+    )
     device = next(model.parameters()).device
     free, most = 2 * 2**30, 512  # where the free memory is not known
     if device.type == "cuda":
@@ -169,7 +174,7 @@ def rows_that_fit(
         free, most = (torch.cuda.mem_get_info(device)[0] + unused) // 2, 4096
     elif device.type == "cpu":
         free = psutil.virtual_memory().available // 4
-    return max(1, min(most, free // (activations + besides))), besides / (activations + besides)
+    return max(1, min(most, free // max(1, row)))
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:
@@ -182,16 +187,6 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return _widths(base) if isinstance(base, nn.Module) else None
 
 
-def _lists_of_blocks(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """The outermost lists of modules: (name, blocks)."""
-    found: list[tuple[str, list[nn.Module]]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            found.append((name, list(module)))
-    return found
-
-
 def _outside_attention(module: nn.Module) -> Iterator[nn.Module]:
     """`module` and what is below it, down to the linear layers, without attention; in order of registration."""
     yield module
@@ -201,46 +196,40 @@ def _outside_attention(module: nn.Module) -> Iterator[nn.Module]:
                 yield from _outside_attention(child)
 
 
-def _last_down(block: nn.Module) -> nn.Module | None:
-    linears = [(module, _widths(module)) for module in _outside_attention(block)]
-    known = [(module, widths) for module, widths in linears if widths is not None]
-    for index in range(len(known) - 1, 0, -1):
-        module, (size, hidden) = known[index]
-        if any(given == hidden and made in (size, 2 * size) for _, (given, made) in known[:index]):
+def _down_projection(block: nn.Module, named: dict[str, nn.Module]) -> nn.Module | None:
+    """The block's down projection; ValueError for a mixture of experts, which has no single one."""
+    inside = list(_outside_attention(block))
+    for module in inside:
+        fused = any(p.ndim == 3 for p in module.parameters(recurse=False)) and "Conv" not in type(module).__name__
+        parts = module if isinstance(module, nn.ModuleList) else ()
+        if fused or sum(_down_projection(part, named) is not None for part in parts) > 1:
+            name = next(name for name, each in named.items() if each is module)
+            raise ValueError(
+                f"{name} looks like a mixture of experts: a token passes through some of its FFNs only. Name the "
+                f"modules to attribute with {_SETTING}, for instance the dense or shared FFNs."
+            )
+    linears = [(module, widths) for module in inside if (widths := _widths(module)) is not None]
+    for index, (module, (size, hidden)) in reversed(list(enumerate(linears))):
+        if any(given == hidden and made in (size, 2 * size) for _, (given, made) in linears[:index]):
             return module
     return None
 
 
-def _down_projection(block: nn.Module, names: dict[nn.Module, str]) -> nn.Module | None:
-    """The block's down projection; ValueError for a mixture of experts, which has no single one."""
-    for module in _outside_attention(block):
-        fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-        experts = fused and not isinstance(module, nn.modules.conv._ConvNd)
-        if isinstance(module, nn.ModuleList):
-            experts = sum(_last_down(element) is not None for element in module) > 1
-        if experts:
-            raise ValueError(
-                f"{names[module]} looks like a mixture of experts: a token passes through some of its FFNs only. "
-                f"Name the modules to attribute with {_SETTING}, for instance the dense or shared FFNs."
-            )
-    return _last_down(block)
-
-
-def _named(model: nn.Module, neurons: str | Sequence[str]) -> set[nn.Module]:
+def _matching(model: nn.Module, neurons: str | Sequence[str]) -> list[nn.Module]:
+    """The linear layers that the setting names."""
     linears = {name: module for name, module in model.named_modules() if _widths(module) is not None}
     if isinstance(neurons, str):
         try:
-            pattern = re.compile(neurons)
+            found = [module for name, module in linears.items() if re.fullmatch(neurons, name)]
         except re.error as error:
             raise ValueError(f"neurons={neurons!r} is not a regular expression: {error}.") from None
-        found = {module for name, module in linears.items() if pattern.fullmatch(name)}
     else:
         endings = tuple("." + suffix for suffix in neurons)
-        found = {module for name, module in linears.items() if ("." + name).endswith(endings)}
+        found = [module for name, module in linears.items() if ("." + name).endswith(endings)]
     if not found:
         raise ValueError(
             f"neurons={neurons!r} matches no linear layer of {type(model).__name__}. A string is a regular "
-            "expression for the whole module name, a list has suffixes; linear layers here are "
-            f"{', '.join(list(linears)[:6])}, ..."
+            "expression for the full module name, a list has suffixes. Some linear layers here: "
+            f"{', '.join(list(linears)[:6])}."
         )
     return found

@@ -1,9 +1,11 @@
 """A prefix's keys and values, computed once and read by many rows of later forward passes.
 
-The rows of a pass repeat a few examples hundreds of times, and have their prefix in one of two ways (`PrefixLayer`).
-Copied: the cache returns the prefix's and the new keys and values in one tensor, a copy for each row. Shared: the new
-ones alone, and an attention function in transformers' registry adds the prefix, with one matrix product for all rows
-of an example. Sharing moves far less memory; copies work with attentions that bypass the registry.
+The rows of a pass repeat a few examples hundreds of times. Their prefix is copied or shared (`PrefixLayer`):
+
+- copied: the cache returns the prefix's and the new keys and values in one tensor, a copy for each row. This works
+  with every attention.
+- shared: the cache returns the new ones alone, and an attention function in transformers' registry adds the prefix,
+  with one matrix product for all rows of an example. This is twice as fast.
 """
 
 from __future__ import annotations
@@ -41,29 +43,20 @@ def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 @dataclass
 class Rows:
-    """The rows of a forward pass: each of the examples `nodes` times, and all of that `layers` times.
-
-    With examples (0, 1), 2 nodes and 3 layers they are 0 0 1 1, 0 0 1 1, 0 0 1 1.
+    """The rows of a forward pass: each of the examples `nodes` times. Examples (0, 1) at 2 nodes are 0 0 1 1.
 
     Attributes:
         examples: int64 `(E,)`, indices into the batch, ascending.
         of_batch: how many examples the batch has.
-        layers: how many of the repetitions run at present (an activation patch lets a part of them through a block).
     """
 
     examples: torch.Tensor
     of_batch: int
     nodes: int = 1
-    layers: int = 1
-
-    @property
-    def per_layer(self) -> int:
-        """E * K."""
-        return len(self.examples) * self.nodes
 
     def indices(self) -> torch.Tensor:
         """The example of each row, `(R,)`."""
-        return self.examples.repeat_interleave(self.nodes).repeat(self.layers)
+        return self.examples.repeat_interleave(self.nodes)
 
     def take(self, value: Any) -> Any:
         """The tensors in `value` that have the batch in their first dimension, with these rows; others stay."""
@@ -72,7 +65,7 @@ class Rows:
             if tensor.ndim == 0 or len(tensor) != self.of_batch:
                 return tensor
             if self.of_batch == 1:
-                return tensor.expand(self.nodes * self.layers, *tensor.shape[1:])
+                return tensor.expand(self.nodes, *tensor.shape[1:])
             return tensor.index_select(0, self.indices().to(tensor.device))
 
         return each_tensor(taken, value)
@@ -80,25 +73,23 @@ class Rows:
     def by_example(self, states: torch.Tensor, heads: int) -> torch.Tensor:
         """`(R, heads * g, W, d)` as `(E, heads, n, g, W, d)`: the n rows of an example in one dimension."""
         _, many, width, size = states.shape
-        split = states.view(-1, len(self.examples), self.nodes, heads, many // heads, width, size)
-        return split.permute(1, 3, 0, 2, 4, 5, 6).reshape(len(self.examples), heads, -1, many // heads, width, size)
+        split = states.view(len(self.examples), self.nodes, heads, many // heads, width, size)
+        return split.transpose(1, 2)
 
     def by_row(self, states: torch.Tensor) -> torch.Tensor:
         """`(E, heads, n, g, W, d)` as `(R, W, heads * g, d)`, the layout of an attention's output."""
-        examples, heads, _, group, width, size = states.shape
-        split = states.view(examples, heads, -1, self.nodes, group, width, size)
-        return split.permute(2, 0, 3, 5, 1, 4, 6).reshape(-1, width, heads * group, size)
+        return states.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(0, 1)
 
 
-# at most one: the prefix that the next attention has to add, and whether it is all that is attended to (in
-# cross-attention); None outside of `shared_prefixes`
+# at most one: the prefix that the next attention adds, and whether it attends to nothing else (cross-attention);
+# None outside of `shared_prefixes`
 _pending: ContextVar[list[tuple[PrefixLayer, bool]] | None] = ContextVar("pending", default=None)
 
 
 class PrefixLayer(CacheLayerMixin):
     """Keys and values of one attention layer, `(B, heads, P, d)`, for `rows`; nothing is ever added.
 
-    Without keys it is an empty prefix: `update` returns what it was given.
+    Without keys the prefix is empty, and `update` returns its arguments.
     """
 
     def __init__(
@@ -212,16 +203,15 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: `(R, H, W, d)` queries, the output as `(R, W, H, d)`.
+    """Attention to the pending prefix and the new keys; without a prefix it is transformers' own sdpa.
 
-    Without a pending prefix it is transformers' own sdpa.
+    The interface is that of transformers: queries `(R, H, W, d)`, the output `(R, W, H, d)`.
 
     Raises:
-        SharingUnsupported: an attention with a term that is not known here (a softcap, sinks), or with shapes
-            other than the cache's.
+        SharingUnsupported: an attention with a softcap, sinks or dropout, or with shapes other than the cache's.
     """
     pending = _pending.get()
-    if not pending:
+    if not pending:  # no prefix
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
@@ -262,13 +252,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def _by_example(bias: torch.Tensor, rows: Rows, shape: torch.Size) -> torch.Tensor:
-    """What is added to scores `(E, heads, n, g, W, keys)`; the rows of an example have one mask, the first one's."""
+    """A mask or bias to add to scores `(E, heads, n, g, W, keys)`; all rows of an example have the same."""
     _, heads, _, group, width, keys = shape
     if bias.shape[-2:] != (width, keys):
         raise SharingUnsupported(f"a mask or bias of shape {tuple(bias.shape)} for {keys} keys")
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, device=bias.device).masked_fill_(~bias, torch.finfo(torch.float32).min)
     if len(bias) > 1:
-        bias = bias[:: rows.nodes][: len(rows.examples)]
+        bias = bias[:: rows.nodes]
     per_head = (heads, 1, group) if bias.shape[1] > 1 else (1, 1, 1)
     return bias.detach().float().view(len(bias), *per_head, width, keys)

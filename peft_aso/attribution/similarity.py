@@ -14,7 +14,7 @@ def similarity(a: torch.Tensor, b: torch.Tensor, method: str = "spearman") -> to
     """Correlation of vectors along the last dimension (Eq. 13), from -1 to 1.
 
     Args:
-        a, b: `(..., N)`, any real dtype; the leading dimensions broadcast.
+        a, b: `(..., N)`, any real dtype; the leading dimensions broadcast as torch's do.
         method: "spearman" (the paper's; equal values share their mean rank), "pearson" or "cosine".
 
     Returns:
@@ -22,9 +22,9 @@ def similarity(a: torch.Tensor, b: torch.Tensor, method: str = "spearman") -> to
         gives 0.
 
     Raises:
-        ValueError: unknown method, shapes that do not fit, an empty last dimension, NaN or Inf.
+        ValueError: unknown method, different lengths, an empty last dimension, NaN or Inf.
     """
-    _check_shapes(a, b)
+    _check_lengths(a, b)
     first = normalized(a, method)
     return (first * normalized(b, method).to(first.device)).sum(-1).clamp(-1.0, 1.0)
 
@@ -40,7 +40,7 @@ def similarity_matrix(a: torch.Tensor, b: torch.Tensor | None = None, method: st
         raise ValueError(
             f"similarity_matrix compares (S, N) with (T, N), got {tuple(a.shape)} and {tuple(other.shape)}."
         )
-    _check_shapes(a[:1], other[:1])
+    _check_lengths(a, other)
     first = normalized(a, method)
     second = first if b is None else normalized(b, method).to(first.device)
     return (first @ second.T).clamp(-1.0, 1.0)
@@ -80,11 +80,7 @@ def _or_one(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
-def _check_shapes(a: torch.Tensor, b: torch.Tensor) -> None:
-    shapes = tuple(a.shape), tuple(b.shape)
-    if not a.ndim or not b.ndim or a.shape[-1] != b.shape[-1]:
+def _check_lengths(a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.shape[-1:] != b.shape[-1:]:
+        shapes = tuple(a.shape), tuple(b.shape)
         raise ValueError(f"The vectors to compare need the same length in the last dimension, got {shapes}.")
-    try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        raise ValueError(f"The leading dimensions of the vectors do not broadcast: {shapes}.") from None

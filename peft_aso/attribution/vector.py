@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,15 +37,14 @@ class AttributionVector:
             where some scaled model finds the answer so much likelier that float32 would overflow.
         layout: `(module name, start, stop)` for each layer in order; module names are relative to the
             transformers model, without wrappers such as PEFT's.
-        nodes: at how many nodes of the path (Eq. 10) the gradient was taken, mean over layers and examples; None where
-            it is not known.
+        nodes: at how many nodes of the path (Eq. 10) the gradient was taken, mean over layers and examples.
     """
 
     values: torch.Tensor
     log_probability: torch.Tensor
     log_scale: torch.Tensor
     layout: Layout
-    nodes: float | None = None
+    nodes: float = 0.0
 
     @property
     def scores(self) -> torch.Tensor:
@@ -72,23 +71,24 @@ class AttributionVector:
 
     def to(self, device: torch.device | str) -> AttributionVector:
         """The same vector with its tensors on `device`."""
-        return self._with(lambda tensor: tensor.to(device))
+        return AttributionVector(
+            self.values.to(device), self.log_probability.to(device), self.log_scale.to(device), self.layout, self.nodes
+        )
 
     def examples(self, rows: torch.Tensor) -> AttributionVector:
         """The vector of these examples, `(E,)`."""
-        return self._with(lambda tensor: tensor[rows.to(tensor.device)])
-
-    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AttributionVector:
-        tensors = change(self.values), change(self.log_probability), change(self.log_scale)
-        return AttributionVector(*tensors, self.layout, self.nodes)
+        rows = rows.to(self.values.device)
+        return AttributionVector(
+            self.values[rows], self.log_probability[rows], self.log_scale[rows], self.layout, self.nodes
+        )
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def scores_by_layer(self) -> dict[str, LayerScores]:
         """Module name -> its scores, as `assemble` takes them."""
-        log_scale, nodes = float64(self.log_scale), self.nodes or 0.0
-        return {name: LayerScores(float64(self.values[:, a:b]), log_scale, nodes) for name, a, b in self.layout}
+        values, log_scale = float64(self.values), float64(self.log_scale)
+        return {name: LayerScores(values[:, start:stop], log_scale, self.nodes) for name, start, stop in self.layout}
 
     @staticmethod
     def cat(vectors: Sequence[AttributionVector]) -> AttributionVector:
@@ -102,13 +102,12 @@ class AttributionVector:
                 "base model, computed with the same `neurons`."
             )
         moved = [vector.to(first.values.device) for vector in vectors]
-        nodes = sum(len(vector) * (vector.nodes or 0) for vector in vectors) / max(1, sum(map(len, vectors)))
         return AttributionVector(
             torch.cat([vector.values for vector in moved]),
             torch.cat([vector.log_probability for vector in moved]),
             torch.cat([vector.log_scale for vector in moved]),
             first.layout,
-            nodes if all(vector.nodes is not None for vector in vectors) else None,
+            sum(len(vector) * vector.nodes for vector in vectors) / max(1, sum(map(len, vectors))),
         )
 
 

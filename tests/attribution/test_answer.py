@@ -57,8 +57,7 @@ def test_causal_classifiers_use_the_pooled_token(padding: str) -> None:
 
 
 def test_causal_or_not_is_observed() -> None:
-    assert all(is_causal(tiny(name)) for name in CAUSAL)
-    assert not any(is_causal(tiny(name)) for name in (*CLASSIFIERS, "bert_mlm"))
+    assert [name for name in (*CAUSAL, *CLASSIFIERS, "bert_mlm") if is_causal(tiny(name))] == list(CAUSAL)
 
 
 NO_ANSWER = "No label of the batch is an answer token"
@@ -122,25 +121,30 @@ def test_long_answers_need_a_higher_cap() -> None:
         read_batch(model, batch, max_answer_tokens=5)
 
 
-def test_labels_of_other_models() -> None:
-    model = tiny("bert")
-    batch = tiny_batch(model, 2)
-    for labels, message in (
-        (torch.tensor([0, 3]), "Label 3 is out of range: BertForSequenceClassification has 3 classes"),
-        (torch.tensor([0, -100]), "label of row 1 is -100"),
-        (torch.zeros(2, 3), "regression"),
-        (torch.tensor([0, 1, 2]), "3 labels for 2 examples"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_batch(model, {**batch, "labels": labels})
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "bert",
+            {"labels": torch.tensor([0, 3])},
+            "Label 3 is out of range: BertForSequenceClassification has 3 classes",
+        ),
+        ("bert", {"labels": torch.tensor([0, -100])}, "label of row 1 is -100"),
+        ("bert", {"labels": torch.zeros(2, 3)}, "regression"),
+        ("bert", {"labels": torch.tensor([0, 1, 2])}, r"labels \(3,\) and examples \(2,\) differ"),
+        ("t5", {"labels": torch.tensor([0, 1])}, "ForConditionalGeneration"),
+        ("t5", {"decoder_input_ids": torch.ones(2, 5).long()}, "differ in shape"),
+    ],
+)
+def test_labels_of_other_models(name: str, values: Batch, message: str) -> None:
+    model = tiny(name)
+    with pytest.raises(ValueError, match=message):
+        read_batch(model, {**tiny_batch(model, 2), **values})
+
+
+def test_a_regression_has_no_answer() -> None:
     with pytest.raises(ValueError, match="regression"):
-        read_batch(tiny("bert", num_labels=1), {**batch, "labels": torch.tensor([0, 0])})
-    seq2seq = tiny("t5")
-    batch = tiny_batch(seq2seq, 2)
-    with pytest.raises(ValueError, match="ForConditionalGeneration"):
-        read_batch(seq2seq, {**batch, "labels": torch.tensor([0, 1])})
-    with pytest.raises(ValueError, match="differ in shape"):
-        read_batch(seq2seq, {**batch, "decoder_input_ids": torch.ones(2, 5).long()})
+        read_batch(tiny("bert", num_labels=1), changed(labels=torch.tensor([0, 0])))
 
 
 @pytest.mark.parametrize("unlabelled", [False, True])

@@ -16,7 +16,7 @@ from peft_aso.attribution.shared_attention import (
 )
 from tests.tiny_models import tiny
 
-ROWS = Rows(torch.tensor([0, 2]), of_batch=3, nodes=2, layers=3)
+ROWS = Rows(torch.tensor([0, 2]), of_batch=3, nodes=3)
 
 
 def filled() -> DynamicCache:
@@ -39,10 +39,10 @@ def test_sharing_and_its_gradient_are_those_of_copies(
     """Two heads a key, two new positions; against the softmax over repeated keys and values."""
     cache, width = DynamicCache(), 2
     cache.update(*torch.randn(2, 3, 2, 5, 4, dtype=dtype), 0)
-    rows = [0, 0, 2, 2] * 3
+    rows = [0] * 3 + [2] * 3
     pk, pv = cache.layers[0].keys[rows], cache.layers[0].values[rows]
-    q = torch.randn(12, 4, width, 4, dtype=dtype, requires_grad=True)
-    k, v = (torch.randn(12, 2, width, 4, dtype=dtype, requires_grad=True) for _ in range(2))
+    q = torch.randn(6, 4, width, 4, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(6, 2, width, 4, dtype=dtype, requires_grad=True) for _ in range(2))
     keys, values = (pk, pv) if cross else (torch.cat([pk, k], 2), torch.cat([pv, v], 2))
     length = keys.shape[2]
     per_example = torch.randn(3, 1, width, length)
@@ -67,7 +67,7 @@ def test_sharing_and_its_gradient_are_those_of_copies(
 
 @pytest.mark.parametrize("odd", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}])
 def test_unknown_terms_of_an_attention_are_refused(odd: dict[str, object]) -> None:
-    new = torch.randn(12, 2, 1, 4)
+    new = torch.randn(6, 2, 1, 4)
     with pytest.raises(SharingUnsupported, match="softcap"), shared_prefixes(tiny("llama")):
         prefix_cache(filled(), ROWS, shared=True).update(new, new, 0)
         shared_prefix_attention(nn.Module(), new, new, new, None, **odd)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def test_unknown_terms_of_an_attention_are_refused(odd: dict[str, object]) -> No
 def test_a_prefix_that_no_attention_takes_is_an_error_and_the_model_is_put_back() -> None:
     model = tiny("llama")
     own = model.config._attn_implementation
-    new = torch.randn(12, 2, 1, 4)
+    new = torch.randn(6, 2, 1, 4)
     with pytest.raises(SharingUnsupported, match="registry"), shared_prefixes(model):
         assert model.model.layers[0].self_attn.config._attn_implementation != own
         prefix_cache(filled(), ROWS, shared=True).update(new, new, 0)

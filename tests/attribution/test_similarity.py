@@ -64,10 +64,10 @@ def test_pairs_matrix_and_broadcast_are_scipys(method: str, fresh_seed: int) -> 
     assert found.dtype == torch.float64
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.uint8])
 def test_each_dtype(dtype: torch.dtype, fresh_seed: int) -> None:
-    x = (draws(3, 2000).clamp(-3, 3) + 3).mul(40).to(dtype)[:, ::2]
-    expected = scipy.stats.spearmanr(x[0].double().numpy(), x[1].double().numpy()).statistic
+    x = (draws(2, 2000).clamp(-3, 3) + 3).mul(40).to(dtype)[:, ::2]
+    expected = scipy.stats.spearmanr(*x.double().numpy()).statistic
     assert float(similarity(x[0], x[1])) == pytest.approx(expected, abs=1e-12)
 
 
@@ -87,22 +87,23 @@ def test_size_does_not_matter(method: str, scale: float) -> None:
     assert float(similarity(a * scale, b, method)) == pytest.approx(float(similarity(a, b, method)), abs=1e-12)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_are_refused(bad: float) -> None:
-    x, y = torch.tensor([1.0, bad, 2.0]), torch.arange(3.0)
-    for first, second in ((x, y), (y, x)):
-        with pytest.raises(ValueError, match="NaN or Inf"):
-            similarity(first, second)
+NAN, INF = torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([1.0, -float("inf"), 2.0])
 
 
-def test_wrong_shapes_and_methods_are_refused() -> None:
-    with pytest.raises(ValueError, match="same length"):
-        similarity(torch.zeros(3), torch.zeros(4))
-    with pytest.raises(ValueError, match="do not broadcast"):
-        similarity(torch.zeros(2, 3), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="empty"):
-        similarity(torch.zeros(0), torch.zeros(0))
-    with pytest.raises(ValueError, match="kendall"):
-        similarity(torch.zeros(3), torch.zeros(3), "kendall")
+@pytest.mark.parametrize(
+    ("a", "b", "method", "message"),
+    [
+        (NAN, torch.arange(3.0), "spearman", "NaN or Inf"),
+        (torch.arange(3.0), INF, "cosine", "NaN or Inf"),
+        (torch.zeros(3), torch.zeros(4), "spearman", "same length"),
+        (torch.zeros(0), torch.zeros(0), "spearman", "empty"),
+        (torch.zeros(3), torch.zeros(3), "kendall", "kendall"),
+    ],
+)
+def test_wrong_vectors_and_methods_are_refused(a: torch.Tensor, b: torch.Tensor, method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        similarity(a, b, method)
+    with pytest.raises(ValueError, match=message):
+        similarity_matrix(a[None], b[None], method)
     with pytest.raises(ValueError, match=r"compares \(S, N\) with \(T, N\)"):
-        similarity_matrix(torch.randn(3), torch.randn(2, 3))
+        similarity_matrix(a, b, method)

@@ -26,21 +26,13 @@ def smollm2() -> tuple[Any, Any]:
 
 
 def batch_of(tokenizer: Any, side: str) -> dict[str, torch.Tensor]:
-    rows = [
-        (tokenizer(prompt).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
-        for prompt, answer in QUESTIONS
-    ]
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in rows:
-        free = width - len(prompt) - len(answer)
-        for name, real, filler in (
-            ("input_ids", prompt + answer, tokenizer.pad_token_id),
-            ("attention_mask", [1] * (len(prompt) + len(answer)), 0),
-            ("labels", [-100] * len(prompt) + answer, -100),
-        ):
-            batch[name].append([filler] * free + real if side == "left" else real + [filler] * free)
-    return {name: torch.tensor(value) for name, value in batch.items()}
+    texts = [prompt + answer for prompt, answer in QUESTIONS]
+    batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+    mask = batch["attention_mask"]
+    answers = [len(tokenizer(answer, add_special_tokens=False).input_ids) for _, answer in QUESTIONS]
+    from_the_end = mask.flip(1).cumsum(1).flip(1)
+    answered = (mask == 1) & (from_the_end <= torch.tensor(answers)[:, None])
+    return {**batch, "labels": batch["input_ids"].masked_fill(~answered, -100)}
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
