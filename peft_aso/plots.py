@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,8 +91,7 @@ def plot_overview(
         matrix: as for `plot_accuracy`.
         similarities: as for `plot_similarity`.
         tasks: the tasks' names in the order learned.
-        path: a file name that ends in ".png" or ".svg". Missing folders are made; an existing picture is replaced once
-            the new one is complete.
+        path: a file name that ends in ".png" or ".svg". Missing folders are made.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -108,31 +106,22 @@ def plot_overview(
     plot_accuracy(matrix, tasks, ax=left)
     plot_similarity(similarities, tasks, ax=right)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".picture-") as folder:
-        finished = Path(folder) / path.name
-        left.figure.savefig(finished, format=kind, dpi=150)
-        os.replace(finished, path)
+    left.figure.savefig(path, format=kind, dpi=150)
     return path
 
 
 def _heat_map(
-    ax: Axes,
-    rows: Sequence[Sequence[float]],
-    row_names: Sequence[str],
-    column_names: Sequence[str],
-    *,
-    limits: tuple[float, float],
-    colours: str,
-) -> None:
+    ax: Axes, rows: Sequence[Sequence[float]], row_names: Sequence[str], column_names: Sequence[str], *,
+    limits: tuple[float, float], colours: str,
+) -> None:  # fmt: skip
     """One coloured cell with its number per entry; NaN entries stay blank."""
     image = ax.imshow(rows, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
     shades = image.to_rgba(np.asarray(rows))
     digits = 1 if limits[1] == 100 else 2
     for (y, x), value in np.ndenumerate(np.asarray(rows)):
         if not math.isnan(value):
-            number = f"{round(value, digits) + 0.0:.{digits}f}".replace(
-                "-", "\N{MINUS SIGN}"
-            )  # no minus before a zero
+            text = f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero
+            number = text.replace("-", "\N{MINUS SIGN}")
             colour = "white" if shades[y][x][:3] @ (0.299, 0.587, 0.114) < 0.5 else "black"  # by its brightness
             ax.text(x, y, number, ha="center", va="center", fontsize=9, color=colour)
     ax.set_xticks(range(len(column_names)), [_wrapped(name) for name in column_names])

@@ -115,19 +115,13 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], max_answer_tokens: in
             "No label of the batch is an answer token: all are -100, or first in their row, which nothing predicts. "
             "Check that truncation did not cut the answers off."
         )
-    _refuse(
-        ~labelled.any(1),
-        "Row {row} has no answer token. Leave that example out, or check that truncation did not cut its answer off.",
-    )
+    _refuse(~labelled.any(1), "Row {row} has no answer token. Leave it out, or see whether truncation cut it off.")
     if kind != "seq2seq":
         wrong = (labelled & ~tokens).any(1)
         _refuse(wrong, "Row {row} has labels on padding. Set them to -100, or set attention_mask to 1 there.")
     if kind == "causal":
-        _refuse(
-            ~((labels == IGNORE) & tokens).any(1),
-            "Row {row} has labels on every token. Set the labels of the prompt to -100, as a completion-only collator "
-            "does.",
-        )
+        complete = ~((labels == IGNORE) & tokens).any(1)
+        _refuse(complete, "Row {row} has labels on every token. Set the labels of the prompt to -100.")
     _refuse(
         labelled.sum(1) > max_answer_tokens,
         f"Row {{row}} has more answer tokens than max_answer_tokens={max_answer_tokens}. Set the labels of its prompt "

@@ -22,7 +22,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _setting(default: object, help_text: str) -> Any:
+def setting(default: object, help_text: str) -> Any:
     """A field with a help text for HfArgumentParser."""
     return field(default=default, metadata={"help": help_text})
 
@@ -35,60 +35,60 @@ class AttributionConfig:
         ValueError: a value outside of what a field's help lists.
     """
 
-    steps: int = _setting(
+    steps: int = setting(
         20,
         "m of Eq. 11: the number of points at which the gradient is taken. With quadrature='adaptive' 1/m is the "
         "tolerance.",
     )
-    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = _setting(
+    quadrature: Literal["riemann", "gauss_legendre", "adaptive"] = setting(
         "adaptive",
         "'riemann' (the paper's right Riemann sum), 'gauss_legendre', or 'adaptive': for each layer and example as "
         "many points as it takes for the change of P to come out right to a part 1/m.",
     )
-    neurons: list[str] | str | None = _setting(
+    neurons: list[str] | str | None = setting(
         None,
         "The modules whose inputs are the FFN neurons: a regular expression that matches the whole module name, or "
         "a list of name endings. None finds the down projections by structure.",
     )
-    stacks: Literal["all", "encoder", "decoder"] = _setting(
+    stacks: Literal["all", "encoder", "decoder"] = setting(
         "all", "Neurons of an encoder-decoder: 'all', 'encoder' or 'decoder'."
     )
-    max_rows: int | None = _setting(
+    max_rows: int | None = setting(
         None,
         "Largest number of rows (examples x steps) in one forward pass. None chooses by the free memory.",
     )
-    max_answer_tokens: int = _setting(
+    max_answer_tokens: int = setting(
         64, "A longer answer is refused: most often it is a prompt whose labels were not set to -100."
     )
-    attribution_model: Literal["auto", "cumulative", "task"] = _setting(
+    attribution_model: Literal["auto", "cumulative", "task"] = setting(
         "auto",
         "The model of an earlier task: 'cumulative' (base + adapters 1..t), 'task' (base + adapter t, Eq. 2) or "
         "'auto' (cumulative if the history is in the forward pass during training, else task).",
     )
-    aggregation: Literal["per_example", "mean"] = _setting(
+    aggregation: Literal["per_example", "mean"] = setting(
         "per_example", "'per_example' (the mean of each probe example's w) or 'mean' (w of the mean vectors)."
     )
-    absolute: bool = _setting(False, "Compare absolute scores instead of signed ones.")
-    similarity: Literal["spearman", "pearson", "cosine", "none"] = _setting(
+    absolute: bool = setting(False, "Compare absolute scores instead of signed ones.")
+    similarity: Literal["spearman", "pearson", "cosine", "none"] = setting(
         "spearman",
         "'spearman' (Eq. 13), 'pearson', 'cosine', or 'none': w = 0 and psi = 1 (hard orthogonality, as O-LoRA), "
         "and no attribution is computed.",
     )
-    granularity: Literal["task", "layer"] = _setting(
+    granularity: Literal["task", "layer"] = setting(
         "task", "'task' (one w for each earlier task) or 'layer' (one for each earlier task and layer)."
     )
-    source: Literal["current", "stored"] = _setting(
+    source: Literal["current", "stored"] = setting(
         "current",
         "'current' (the earlier tasks' models run on the new task's data, Eq. 13) or 'stored' (the attribution "
         "vectors saved with the earlier adapters are compared).",
     )
-    clip: bool = _setting(False, "Clip psi to [0, 1]. Off: Eq. 6 as it stands, a negative w makes psi larger than 1.")
-    refresh: float = _setting(
+    clip: bool = setting(False, "Clip psi to [0, 1]. Off: Eq. 6 as it stands, a negative w makes psi larger than 1.")
+    refresh: float = setting(
         0.1,
         "When the current task's vector is computed again: a fraction of the run if below 1, else a number of "
         "optimizer steps; 0: only once, before the first step.",
     )
-    probe_size: int = _setting(
+    probe_size: int = setting(
         16,
         "The number of training examples that the vectors are computed on. With 16 the standard error of w is 0.02 "
         "to 0.04; it halves with four times as many.",

@@ -70,13 +70,9 @@ _checked: WeakKeyDictionary[nn.Module, dict[str, Setting | str]] = WeakKeyDictio
 
 
 def attribute(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    config: AttributionConfig,
-    *,
-    method: str = "auto",
+    model: nn.Module, batch: Mapping[str, Any], config: AttributionConfig, *, method: str = "auto",
     progress: bool = False,
-) -> AttributionVector:
+) -> AttributionVector:  # fmt: skip
     """Integrated gradients of P(y* given x) for every FFN neuron, one row per example (Eq. 8-12).
 
     The model runs in eval mode; its training flags, gradients, hooks and configuration and the random state are

@@ -93,12 +93,9 @@ class PrefixLayer(CacheLayerMixin):
     """
 
     def __init__(
-        self,
-        keys: torch.Tensor | None = None,
-        values: torch.Tensor | None = None,
-        rows: Rows | None = None,
+        self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None, rows: Rows | None = None,
         shared: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.prefix, self.rows, self.shared = (keys, values), rows, shared
         self.is_initialized = keys is not None
 
@@ -193,16 +190,10 @@ def _check_taken(pending: list[tuple[PrefixLayer, bool]]) -> None:
 
 
 def shared_prefix_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    position_bias: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, position_bias: torch.Tensor | None = None,
+    dropout: float = 0.0, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention to the pending prefix and the new keys; without a prefix it is transformers' own sdpa.
 
     The interface is that of transformers: queries `(R, H, W, d)`, the output `(R, W, H, d)`.

@@ -69,12 +69,6 @@ class AttributionVector:
         weights = torch.exp(scale - scale.max())
         return (float64(self.values) * weights[:, None]).mean(0).to(device=self.values.device, dtype=torch.float32)
 
-    def to(self, device: torch.device | str) -> AttributionVector:
-        """The same vector with its tensors on `device`."""
-        return AttributionVector(
-            self.values.to(device), self.log_probability.to(device), self.log_scale.to(device), self.layout, self.nodes
-        )
-
     def examples(self, rows: torch.Tensor) -> AttributionVector:
         """The vector of these examples, `(E,)`."""
         rows = rows.to(self.values.device)
@@ -101,11 +95,11 @@ class AttributionVector:
                 "The attribution vectors are of different models, as their layouts differ. Concatenate vectors of one "
                 "base model, computed with the same `neurons`."
             )
-        moved = [vector.to(first.values.device) for vector in vectors]
+        device = first.values.device
         return AttributionVector(
-            torch.cat([vector.values for vector in moved]),
-            torch.cat([vector.log_probability for vector in moved]),
-            torch.cat([vector.log_scale for vector in moved]),
+            torch.cat([vector.values.to(device) for vector in vectors]),
+            torch.cat([vector.log_probability.to(device) for vector in vectors]),
+            torch.cat([vector.log_scale.to(device) for vector in vectors]),
             first.layout,
             sum(len(vector) * vector.nodes for vector in vectors) / max(1, sum(map(len, vectors))),
         )

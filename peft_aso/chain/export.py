@@ -119,9 +119,7 @@ def export_lora(
     error = _relative_error(exact, written)
     if rank < full_rank:
         logger.warning("export_lora: rank %d instead of %d: relative error %s", rank, full_rank, error)
-    served = next(
-        (f"`--max-lora-rank {each}`" for each in VLLM_RANKS if each >= rank), "the rank is above its largest, 512"
-    )
+    served = next((f"`--max-lora-rank {each}`" for each in VLLM_RANKS if each >= rank), "ranks above 512 do not run")
     base = config["base_model_name_or_path"]
     base_line = f"base_model: {base}\n" if base and not os.path.exists(base) else ""
     card = f"""---
@@ -194,9 +192,7 @@ def _relative_error(exact: Mapping[str, LowRank], written: Mapping[str, LowRank]
 def _check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     broken = next((name for name, tensor in weights.items() if not is_finite(tensor)), None)
     if broken is not None:
-        raise ChainError(
-            f"{broken} holds NaN or Inf in {weights[broken].dtype}. Try torch.float32, or give tasks=[...]."
-        )
+        raise ChainError(f"{broken} holds NaN or Inf in {weights[broken].dtype}. Try torch.float32 or fewer tasks.")
 
 
 def _config(

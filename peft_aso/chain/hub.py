@@ -245,7 +245,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def most_like(values: Mapping[str, Any] | None) -> str:
     """The earlier task with the largest w or psi, and that (a mean, if each layer has its own); empty if none has."""
-    means = {task: sum(w) / len(w) if isinstance(w, list) else float(w) for task, w in (values or {}).items()}
+    means = {task: sum(w) / max(len(w), 1) if isinstance(w, list) else float(w) for task, w in (values or {}).items()}
     best = max(means, key=means.__getitem__, default=None)
     return "" if best is None else f"{best} ({means[best]:.2f})"
 

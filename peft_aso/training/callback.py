@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..tuner import ASOLoraModel
 from .coefficients import Coefficients, attribution_of, require_tuner, store_attribution, update_coefficients
@@ -42,26 +42,20 @@ class ASOCallback(TrainerCallback):
         self.restored = False
         self._probe: list[dict[str, Any]] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._probe = self._readable_probe(args, kwargs["model"], kwargs["train_dataloader"])
         if not self.restored:
             self._update(args, kwargs["model"])
         self.restored = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         tuner = require_tuner(kwargs["model"])
         refresh = tuner.peft_config[tuner.current_task].attribution.refresh
         every = int(refresh) if refresh >= 1 else math.ceil(refresh * state.max_steps)
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self._update(args, kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         try:
             if self._probe:
                 store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
@@ -117,10 +111,8 @@ def _warn_not_stored(args: TrainingArguments, task: str, reason: Exception) -> N
     if args.process_index == 0:
         warnings.warn(
             f"No attribution vector is stored with {task!r}, because attribution cannot read the task: "
-            f"{str(reason).rstrip('.')}. The training is the same without it: only a later task with "
-            f"AttributionConfig(source='stored') needs the vector. Settings that may help, in model.peft_config"
-            f"[{task!r}].attribution before the training: max_answer_tokens (longer answers), neurons (mixtures of "
-            "experts); similarity='none' leaves attribution off, without a warning.",
+            f"{str(reason).rstrip('.')}. A later task with AttributionConfig(source='stored') needs it. Settings that "
+            "may help: max_answer_tokens (longer answers), neurons (mixtures of experts), similarity='none'.",
             stacklevel=3,
         )
 

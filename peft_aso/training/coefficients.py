@@ -39,11 +39,7 @@ class Coefficients:
 
 
 def require_tuner(model: nn.Module) -> ASOLoraModel:
-    """The `ASOLoraModel` in a model.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The `ASOLoraModel` in a model; ValueError if there is none."""
     tuner = tuner_of(model)
     if tuner is None:
         raise ValueError(
@@ -57,20 +53,10 @@ def require_tuner(model: nn.Module) -> ASOLoraModel:
 
 
 def compute_attribution(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    *,
-    adapter: str | None = None,
-    alone: bool = False,
-    steps: int = 20,
-    quadrature: str = "riemann",
-    neurons: str | Sequence[str] | None = None,
-    stacks: str = "all",
-    max_rows: int | None = None,
-    method: str = "auto",
-    max_answer_tokens: int = 64,
-    progress: bool = False,
-) -> AttributionVector:
+    model: nn.Module, batch: Mapping[str, Any], *, adapter: str | None = None, alone: bool = False, steps: int = 20,
+    quadrature: str = "riemann", neurons: str | Sequence[str] | None = None, stacks: str = "all",
+    max_rows: int | None = None, method: str = "auto", max_answer_tokens: int = 64, progress: bool = False,
+) -> AttributionVector:  # fmt: skip
     """Integrated gradients of P(y* given x) with respect to every FFN neuron (Eq. 8-12).
 
     The model is left as it was: active adapters, training mode, gradients, random state.
@@ -188,8 +174,13 @@ def update_coefficients(
     batches = list(batches)
     if not batches:
         raise ValueError("The probe is empty. Give at least one batch of the current task's training data.")
-    if settings.source == "stored":
-        _require_stored(tuner)
+    for name in history if settings.source == "stored" else ():
+        if name not in tuner.attribution:  # a stock LoRA adapter has none, say
+            raise ValueError(
+                f"source='stored' needs an attribution vector with each earlier task, and {name!r} has none: it was "
+                "not trained with ASOTrainer, or attribution could not read its examples. Use "
+                "AttributionConfig(source='current')."
+            )
     current = attribution_of(model, task, batches, settings, progress=progress)
     per_example = settings.aggregation == "per_example" and settings.source == "current"
     values = current.values if per_example else current.mean_vector()
@@ -227,7 +218,12 @@ def _history_vectors(
         for name in tuner.history:
             if settings.source == "stored":
                 values = tuner.attribution[name]
-                _check_neurons(name, values, layout)
+                if len(values) != layout[-1][2]:
+                    raise ValueError(
+                        f"The stored attribution vector of {name!r} has {len(values)} neurons, and this model has "
+                        f"{layout[-1][2]}: it was computed with other `neurons` or `stacks`, or for another base "
+                        "model. Use the same settings, or AttributionConfig(source='current')."
+                    )
             else:
                 found = attribution_of(model, name, batches, settings, progress=progress)
                 values = found.values if settings.aggregation == "per_example" else found.mean_vector()
@@ -245,27 +241,6 @@ def _normalized(values: torch.Tensor, layout: Layout, settings: AttributionConfi
         values = values.abs()
     parts = [slice(start, stop) for _, start, stop in layout] if settings.granularity == "layer" else [slice(None)]
     return [normalized(values[..., part], settings.similarity).float().cpu() for part in parts]
-
-
-def _require_stored(tuner: ASOLoraModel) -> None:
-    """Raise ValueError unless each task of the history has a stored vector (a stock LoRA adapter has none, say)."""
-    for name in tuner.history:
-        if name not in tuner.attribution:
-            raise ValueError(
-                f"source='stored' needs an attribution vector with each earlier task, and {name!r} has none: it was "
-                "not trained with ASOTrainer, or attribution could not read its examples. Use "
-                "AttributionConfig(source='current')."
-            )
-
-
-def _check_neurons(name: str, stored: torch.Tensor, layout: Layout) -> None:
-    count = layout[-1][2]
-    if len(stored) != count:
-        raise ValueError(
-            f"The stored attribution vector of {name!r} has {len(stored)} neurons, and this model has {count}: it was "
-            "computed with other `neurons` or `stacks`, or for another base model. Use the same settings, or "
-            "AttributionConfig(source='current')."
-        )
 
 
 def _hash(batches: Batches) -> str:

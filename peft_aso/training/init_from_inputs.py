@@ -2,8 +2,8 @@
 
 Orthogonality between A's rows protects earlier tasks only where A spans what the inputs span, and an A that has hardly
 left its random start does not. With A fixed at this start (`train_a=False`) the update B A x is 0 for every x in the
-span of the history's rows, however B trains. The start itself is a registered function (`tuner/starts.py`); this file
-collects the second moments of the inputs that it needs.
+span of the history's rows, however B trains. The start is a function of `tuner/starts.py`; this file collects the
+second moments of the inputs that it needs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """`ASOTrainer`: Hugging Face's Trainer with one term more in the loss (Eq. 7)."""
 
+# the mixin reads what the Trainer sets
+# mypy: disable-error-code="attr-defined"
+
 from __future__ import annotations
 
 import copy
@@ -45,19 +48,6 @@ class ASOTrainerMixin:
         MissingHistoryError: on construction: a task of the history is not loaded.
         HistoryError: on construction: an earlier task shares no module with the current one.
     """
-
-    # of the Trainer
-    accelerator: Any
-    add_callback: Any
-    args: Any
-    compute_loss_func: Any
-    current_gradient_accumulation_steps: int
-    data_collator: Any
-    get_train_dataloader: Any
-    loss_is_scaled_for_ga: bool | None
-    model: Any
-    model_accepts_loss_kwargs: bool
-    processing_class: Any
 
     # whether the Trainer's `compute_loss` divides by `num_items_in_batch` whatever the model does
     _loss_counts_items = False
@@ -259,15 +249,9 @@ def check_trainable(tuner: ASOLoraModel) -> None:
     task = tuner.current_task
     # outside of the forward pass the adapters get no gradient from the task, and would follow the penalty alone
     if tuner.is_merged:
-        raise ValueError(
-            "The adapters are merged into the base weights, where they do not train. Call model.unmerge_adapter() "
-            "first."
-        )
+        raise ValueError("The adapters are merged and do not train. Call model.unmerge_adapter() first.")
     if any(layer.disable_adapters for layer in tuner.lora_layers().values()):
-        raise ValueError(
-            "The adapters are disabled, so that they do not train. Call model.base_model.enable_adapter_layers() "
-            "first (or leave the disable_adapter() context)."
-        )
+        raise ValueError("The adapters are disabled and do not train. Call model.base_model.enable_adapter_layers().")
     dependents = tuner.tasks.dependents(task)
     if dependents:
         raise ValueError(
@@ -304,17 +288,13 @@ def __getattr__(name: str) -> Any:
     class ASOSFTTrainer(ASOTrainerMixin, SFTTrainer):
         """`trl.SFTTrainer` with the orthogonality penalty, for a PEFT model whose active adapter is the task to train.
 
-        Datasets are TRL's: prompt and completion, as text or as conversations. The answer, whose tokens the loss and
-        the attribution read, is the completion (`completion_only_loss`, TRL's default for such data), or what the
-        assistant says (`assistant_only_loss=True`).
+        Datasets are TRL's. The answer, whose tokens the loss and the attribution read, is the completion
+        (`completion_only_loss`, TRL's default for prompts and completions), or what the assistant says
+        (`assistant_only_loss=True`). `model` is a `PeftModel` from `get_peft_model`, `load_chain` or `add_adapter`.
 
-        Args:
-            model: a `PeftModel` with ASO_LORA adapters. Not a name, and no `peft_config` next to it: the chain is made
-                with `get_peft_model`, `load_chain` and `add_adapter`.
-
-        Raises (on construction, before any work):
-            ValueError: a `peft_config`, packing or padding-free batches, whose rows hold several examples each; or as
-                `ASOTrainerMixin`.
+        Raises:
+            ValueError: on construction: a `peft_config`; packing or padding-free batches, whose rows hold several
+                examples each; or as `ASOTrainerMixin`.
         """
 
         _loss_counts_items = True

@@ -62,18 +62,20 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
+_MISFIT = (
+    "The adapter {!r} does not fit this model: {}. It was made for another base model, or its adapter_config.json "
+    "does not belong to its weights."
+)
+
+
 def check_tensors(
     state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size], adapter: str, complete: bool = False
 ) -> None:
-    """Check the names and shapes of weights that are about to be loaded.
+    """Raise ValueError unless weights that are about to be loaded have the names and shapes that the model has.
 
     Args:
-        state_dict: with the model's own keys (the adapter's name in them).
-        shapes: model key -> shape; of the model, or of this adapter alone.
+        state_dict, shapes: with the model's own keys (the adapter's name in them).
         complete: whether all A and B of the adapter have to be there.
-
-    Raises:
-        ValueError: names the tensor and what is wrong with it.
     """
     parts = [f".lora_{part}" for part in ("A", "B", "embedding_A", "embedding_B")]
     for key, value in state_dict.items():
@@ -81,31 +83,16 @@ def check_tensors(
         unknown = found is None and any(f"{part}." in f"{key}." for part in parts)
         if isinstance(value, torch.Tensor) and (unknown or (found is not None and found != value.shape)):
             here = "is not in it" if found is None else f"has shape {tuple(found)} in it"
-            raise ValueError(
-                f"The adapter {adapter!r} does not fit this model: {key}, of shape {tuple(value.shape)} in the file, "
-                f"{here}. It was made for another base model, or its adapter_config.json does not belong to its "
-                "weights."
-            )
+            raise ValueError(_MISFIT.format(adapter, f"{key}, of shape {tuple(value.shape)} in the file, {here}"))
     expected = [key for part in parts for key in shapes if f"{part}.{adapter}." in f"{key}."]
     missing = [key for key in expected if key not in state_dict]
     if complete and missing:
-        raise ValueError(
-            f"The adapter {adapter!r} does not fit this model: its file has no weights for {len(missing)} of the "
-            f"model's parameters, such as {missing[0]}. It was made for another base model, or its "
-            "adapter_config.json does not belong to its weights."
-        )
+        lacking = f"its file has no weights for {len(missing)} of the model's parameters, such as {missing[0]}"
+        raise ValueError(_MISFIT.format(adapter, lacking))
 
 
 def check_attribution(adapter_name: str, layout: Any, vector: torch.Tensor) -> None:
-    """Check a loaded attribution vector against the layout in its adapter's config.
-
-    Args:
-        layout: `[module, start, stop]` of each layer.
-        vector: `(N,)`.
-
-    Raises:
-        ValueError: the vector is not finite, or has another length than its layout.
-    """
+    """Raise ValueError unless a loaded attribution vector `(N,)` is finite and as long as its config's layout."""
     expected = 0
     for entry in layout or []:
         if not isinstance(entry, (list, tuple)) or len(entry) != 3 or entry[1] != expected or entry[2] < entry[1]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
 
-from ..attribution.config import AttributionConfig, check_choice, is_number
+from ..attribution.config import AttributionConfig, check_choice, is_number, setting
 from .low_rank import MERGES
 from .penalties import PENALTIES
 from .starts import STARTS, needs_inputs
@@ -46,114 +46,74 @@ class ASOLoraConfig(LoraConfig):
     """Configuration of one task's adapter: everything that [`~peft.LoraConfig`] takes, and the fields below.
 
     Raises:
-        ValueError: a value outside of what a field's help lists, or settings that contradict each other; what
-        `LoraConfig`
-            refuses.
+        ValueError: a value outside of what a field's help lists, settings that contradict each other, or what
+            `LoraConfig` refuses.
         TypeError: a task name, history or attribution of another type.
     """
 
-    task_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "The task's name in the chain. It is saved with the adapter. Defaults to the name under which the "
-            "adapter is added."
-        },
+    task_name: str | None = setting(
+        None,
+        "The task's name in the chain. It is saved with the adapter. Defaults to the name under which the adapter "
+        "is added.",
     )
-    history: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks learned before this one, oldest first. None: all tasks of the model when the adapter is "
-            "added. []: none, the adapter is stock LoRA."
-        },
+    history: list[str] | None = setting(
+        None,
+        "Tasks learned before this one, oldest first. None: all tasks of the model when the adapter is added. []: "
+        "none, the adapter is stock LoRA.",
     )
-    forward_history: Literal["stacked", "isolated"] = field(
-        default="stacked",
-        metadata={
-            "help": "Whether the frozen history takes part in the forward pass while this task trains: 'stacked' "
-            "(yes) or 'isolated' (no). In evaluation and merging it always does (Eq. 3)."
-        },
+    forward_history: Literal["stacked", "isolated"] = setting(
+        "stacked",
+        "Whether the frozen history takes part in the forward pass while this task trains: 'stacked' (yes) or "
+        "'isolated' (no). In evaluation and merging it always does (Eq. 3).",
     )
-    history_form: Literal["auto", "stacked", "folded"] = field(
-        default="auto",
-        metadata={
-            "help": "How the frozen history is computed: 'stacked' (all earlier adapters of a module as one low-rank "
-            "pair), 'folded' (base weight + history as one weight, a second matrix of the base weight's size and no "
-            "extra time), or 'auto' (folded in float32 and float64; stacked if folding would round the history to "
-            "half precision or is impossible: quantized or offloaded weights, embeddings, convolutions)."
-        },
+    history_form: Literal["auto", "stacked", "folded"] = setting(
+        "auto",
+        "How the frozen history is computed: 'stacked' (all earlier adapters of a module as one low-rank pair), "
+        "'folded' (base weight + history as one weight, a second matrix of the base weight's size and no extra "
+        "time), or 'auto' (folded in float32 and float64; stacked if folding would round the history to half "
+        "precision or is impossible: quantized or offloaded weights, embeddings, convolutions).",
     )
-    penalty: str = field(
-        default="squared",
-        metadata={"help": f"The orthogonality penalty (Eq. 7). Registered: {_names(PENALTIES)}."},
+    penalty: str = setting("squared", f"The orthogonality penalty (Eq. 7). Registered: {_names(PENALTIES)}.")
+    penalty_weight: float | None = setting(
+        None,
+        "lambda of Eq. 7 for this task; 0 is IncLoRA. None: the default of the penalty, 0.05 for 'squared' (the "
+        "paper has 0.5) and 0.5 for 'l1'.",
     )
-    penalty_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "lambda of Eq. 7 for this task; 0 is IncLoRA. None: the default of the penalty, 0.05 for "
-            "'squared' (the paper has 0.5) and 0.5 for 'l1'."
-        },
+    l2_weight: float = setting(0.0, "Weight of the sum of the norms of this adapter's matrices (lambda_2 of O-LoRA).")
+    project_init: bool | str = setting(
+        False,
+        "Start A outside of the span of the history's A, so that the penalty starts at 0. Registered: "
+        f"{_names(STARTS)}; True is 'random', False starts A as LoRA does.",
     )
-    l2_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the sum of the norms of this adapter's matrices (lambda_2 of O-LoRA)."},
-    )
-    project_init: bool | str = field(
-        default=False,
-        metadata={
-            "help": "Start A outside of the span of the history's A, so that the penalty starts at 0. Registered: "
-            f"{_names(STARTS)}; True is 'random', False starts A as LoRA does."
-        },
-    )
-    train_a: bool = field(
-        default=True,
-        metadata={"help": "Whether A trains. False: B alone is trained, and there is no penalty."},
-    )
-    merge: str = field(
-        default="sum",
-        metadata={"help": f"How the tasks are merged into one model (Eq. 3). Registered: {_names(MERGES)}."},
-    )
+    train_a: bool = setting(True, "Whether A trains. False: B alone is trained, and there is no penalty.")
+    merge: str = setting("sum", f"How the tasks are merged into one model (Eq. 3). Registered: {_names(MERGES)}.")
     attribution: AttributionConfig = field(
         default_factory=AttributionConfig,
         metadata={"help": "How the similarity w and the soft coefficient psi are computed."},
     )
-    attribution_layout: list[Any] | None = field(
-        default=None,
-        metadata={
-            "help": "[module, start, stop] of each layer in the stored attribution vector. Written by the training."
-        },
+    attribution_layout: list[Any] | None = setting(
+        None, "[module, start, stop] of each layer in the stored attribution vector. Written by the training."
     )
-    soft_coefficients: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "psi of each earlier task (Eq. 6), as of the last update. Written by the training."},
+    soft_coefficients: dict[str, Any] | None = setting(
+        None, "psi of each earlier task (Eq. 6), as of the last update. Written by the training."
     )
-    similarities: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "w of each earlier task (Eq. 13), as of the last update. Written by the training."},
+    similarities: dict[str, Any] | None = setting(
+        None, "w of each earlier task (Eq. 13), as of the last update. Written by the training."
     )
-    history_hashes: dict[str, str] | None = field(
-        default=None,
-        metadata={
-            "help": "SHA-256 of the weights and scale of each task of the history. Written when the adapter is added, "
-            "checked when it is loaded."
-        },
+    history_hashes: dict[str, str] | None = setting(
+        None,
+        "SHA-256 of the weights and scale of each task of the history. Written when the adapter is added, checked "
+        "when it is loaded.",
     )
-    combined: bool = field(
-        default=False,
-        metadata={
-            "help": "Set on adapters made by add_weighted_adapter: they are no task and never become history by "
-            "default."
-        },
+    combined: bool = setting(
+        False, "Set on adapters made by add_weighted_adapter: they are no task and never become history by default."
     )
-    origin: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "repo_id, revision and folder on the Hub that the adapter was loaded from, and the sha256 of its "
-            "weights then. Written by load_chain."
-        },
+    origin: dict[str, Any] | None = setting(
+        None,
+        "repo_id, revision and folder on the Hub that the adapter was loaded from, and the sha256 of its weights "
+        "then. Written by load_chain.",
     )
-    peft_aso_version: str | None = field(
-        default=None, metadata={"help": "Version of peft-aso that saved the config. Written when saving."}
-    )
+    peft_aso_version: str | None = setting(None, "Version of peft-aso that saved the config. Written when saving.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

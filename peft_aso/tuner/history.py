@@ -53,31 +53,18 @@ class TaskHistory:
     """The resolved history of each adapter of one model. All tuner layers of the model share one instance.
 
     Attributes:
-        histories (`dict[str, tuple[str, ...]]`):
-            Adapter -> the loaded adapters of its history, oldest first.
-        missing (`dict[str, tuple[str, ...]]`):
-            Adapter -> the task names of its history that are not loaded; adapters with a complete history are left
-            out.
-        frozen (`frozenset[str]`):
-            Adapters that are in some adapter's history: they never train.
-        fixed (`frozenset[str]`):
-            Adapters whose A does not train (`train_a=False`).
-        isolated (`frozenset[str]`):
-            Adapters whose history is left out of the forward pass while they train.
-        forms (`dict[str, str]`):
-            Adapter -> `history_form` of its config.
-        merges (`dict[str, str]`):
-            Adapter -> `merge` of its config.
-        generation (`int`):
-            Rises with every call that changes adapters, their weights, devices or dtypes (an optimizer step changes
-            the current task alone and does not count). What is computed from the frozen weights is valid for one
-            generation.
-        alone (`bool`):
-            True inside `ASOLoraModel.only`: adapters run without their history.
-        fold_active (`bool`):
-            True inside `ASOLoraModel.folded`: active adapters are folded into the base weights as well.
-        sharded (`bool`):
-            True if FSDP2 shards the weights: nothing that a layer computes from them is cached.
+        histories: adapter -> the loaded adapters of its history, oldest first.
+        missing: adapter -> the task names of its history that are not loaded; adapters without any are left out.
+        frozen: adapters that are in some adapter's history; they never train.
+        fixed: adapters whose A does not train (`train_a=False`).
+        isolated: adapters whose history is left out of the forward pass while they train.
+        forms, merges: adapter -> `history_form` and `merge` of its config.
+        generation: rises with every call that changes adapters, their weights, devices or dtypes (an optimizer step
+            changes the current task alone and does not count). What is computed from the frozen weights is valid for
+            one generation.
+        alone: True inside `ASOLoraModel.only`: adapters run without their history.
+        fold_active: True inside `ASOLoraModel.folded`: active adapters are folded into the base weights as well.
+        sharded: True if FSDP2 shards the weights: nothing that a layer computes from them is cached.
     """
 
     def __init__(self) -> None:
@@ -158,10 +145,7 @@ class TaskHistory:
         return list(dict.fromkeys(name for each in adapters for name in (*histories.get(each, ()), each)))
 
     def cached(self, owner: Any, key: Any, make: Callable[[], T]) -> T:
-        """The value that was made for `owner` and `key` in this generation, or a new one.
-
-        One value is cached for each owner, which is referenced weakly.
-        """
+        """The value that was made for `owner` and `key` in this generation, or a new one; one is cached an owner."""
         held = self._cache.get(owner)
         if held is None or held[0] != (self.generation, key):
             self._cache.pop(owner, None)  # the old value is freed before the new one is made
@@ -193,8 +177,7 @@ def adapter_of(task: str, configs: Mapping[str, Any], exclude: str | None = None
 def oldest_first(histories: Mapping[str, Sequence[str]]) -> list[str]:
     """The tasks, each after those of its history that are among them; of those that can be next the first given is.
 
-    Raises:
-        HistoryError: a task is its own ancestor.
+    A task that is its own ancestor is a `HistoryError`.
     """
     place = {task: index for index, task in enumerate(histories)}
     graph = {task: [old for old in history if old in histories] for task, history in histories.items()}
@@ -217,11 +200,7 @@ def oldest_first(histories: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def resolve_history(adapter: str, configs: Mapping[str, Any]) -> None:
-    """Fill in `task_name` and `history` of a newly added adapter's config, and check them.
-
-    Args:
-        adapter: the adapter that is being added; its config is in `configs` already.
-        configs: the configs of all adapters of the model, in the order in which they were added.
+    """Fill in `task_name` and `history` of the config of an adapter that is being added, and check them.
 
     Raises:
         HistoryError: an unknown name in the history (of a saved adapter the history may be loaded later); a cycle; a
@@ -237,21 +216,16 @@ def resolve_history(adapter: str, configs: Mapping[str, Any]) -> None:
     if holder is not None and not config.combined:
         if not saved:
             raise HistoryError(
-                f"The adapter {holder!r} holds the task {task!r} already. Give {adapter!r} another "
-                "task_name, or leave task_name out to use the adapter's name."
+                f"The adapter {holder!r} holds the task {task!r} already. Give {adapter!r} another name."
             )
-        warnings.warn(
-            f"The adapters {holder!r} and {adapter!r} both hold the task {task!r}. Tasks that were "
-            f"trained on top of it run on {holder!r}.",
-            stacklevel=2,
-        )
+        both = f"The adapters {holder!r} and {adapter!r} both hold the task {task!r}."
+        warnings.warn(f"{both} Tasks that were trained on top of it run on {holder!r}.", stacklevel=2)
     if config.history is None:
         tasks = {task_name_of(name, other): other for name, other in others.items() if not other.combined}
-        for task, other in tasks.items():
-            missing = [name for name in other.history or [] if adapter_of(name, others) is None]
-            if missing:
+        for earlier, other in tasks.items():
+            if missing := [name for name in other.history or [] if adapter_of(name, others) is None]:
                 raise HistoryError(
-                    f"{adapter!r} would be trained on top of {task!r}, whose history is not loaded: "
+                    f"{adapter!r} would be trained on top of {earlier!r}, whose history is not loaded: "
                     f"{', '.join(map(repr, missing))}. Load it first, or name the history with history=[...]."
                 )
         config.history = oldest_first({task: other.history or [] for task, other in tasks.items()})
@@ -296,11 +270,7 @@ def is_folder_name(name: object) -> bool:
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Refuse adapter names that PEFT would confuse with parts of the model's own parameter names.
-
-    Raises:
-        ValueError: the name is empty, has a dot or slash, or equals a part of a module or parameter name.
-    """
+    """Raise ValueError for names that PEFT would confuse with parts of the model's own parameter names."""
     if not is_free(name, name_parts(model)):
         raise ValueError(
             f"An adapter cannot be called {name!r}: the name is empty, has a dot or a slash, or is a part of the "
@@ -310,14 +280,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
 
 
 def check_task_name(name: str, model: nn.Module, adapters: Container[str]) -> None:
-    """Refuse the name of a new task that a saved chain could not have, before anything is trained under it.
-
-    Args:
-        adapters: names of the model's adapters, which are parts of its parameter names and allowed.
-
-    Raises:
-        ValueError: the name cannot be a folder's, or is a part of the model's own parameter names.
-    """
+    """Raise ValueError for the name of a new task that a saved chain could not have; names of `adapters` are free."""
     if not is_folder_name(name) or (name not in adapters and not is_free(name, name_parts(model))):
         raise ValueError(
             f"A task cannot be called {name!r}: a chain has a folder and an adapter of that name. Choose letters, "
@@ -349,11 +312,7 @@ def chain_obstacles(config: Any) -> Iterator[str]:
 
 
 def check_chain(adapter: str, history: Sequence[str], configs: Mapping[str, Any]) -> None:
-    """Refuse a chain in which one adapter cannot be summed with the others.
-
-    Raises:
-        HistoryError: names the adapter and its setting.
-    """
+    """Raise `HistoryError` if one adapter of a chain cannot be summed with the others."""
     for name in (*history, adapter) if history else ():
         for reason in chain_obstacles(configs[name]):
             raise HistoryError(
@@ -363,15 +322,10 @@ def check_chain(adapter: str, history: Sequence[str], configs: Mapping[str, Any]
 
 
 def check_base_unchanged(adapter: str, configs: Mapping[str, Any]) -> None:
-    """Refuse an initialisation that changes the base weights under other adapters of the same model.
-
-    Raises:
-        HistoryError: names the adapter.
-    """
+    """Raise `HistoryError` for an initialisation that changes the base weights under other adapters of the model."""
     for name, config in configs.items():
         if changes_base(config) and len(configs) > 1:
             raise HistoryError(
                 f"{adapter!r} cannot be added: init_lora_weights={config.init_lora_weights!r} of {name!r} changes the "
-                "base weights, which all adapters share. Use such an adapter alone, or train it with another "
-                "initialisation."
+                "base weights, which all adapters share. Use such an adapter alone, or another initialisation."
             )

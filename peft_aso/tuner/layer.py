@@ -85,12 +85,7 @@ def check_layers(layers: Mapping[str, LoraLayer], adapter: str, history: Sequenc
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None:
-    """Remove an adapter from all modules, and the layers that were made for it alone.
-
-    Args:
-        model: the base model, with PEFT's layers in it.
-        active: the adapters that are active afterwards.
-    """
+    """Remove an adapter from a base model with PEFT's layers in it, and the layers that were made for it alone."""
     for module in list(model.modules()):
         if isinstance(module, LoraLayer) and adapter_name in module._all_available_adapter_names():
             with warnings.catch_warnings():

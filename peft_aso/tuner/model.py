@@ -62,12 +62,10 @@ class ASOLoraModel(LoraModel):
     [`~peft.LoraModel`] does works.
 
     Attributes:
-        tasks (`TaskHistory`):
-            Which adapters are the history of which.
-        attribution (`dict[str, torch.Tensor]`):
-            Adapter -> its stored attribution vector `(N,)`, the mean over its own task's probe. Saved with it.
-        removed_tasks (`set[str]`):
-            Tasks that `remove_task` took out: saving and pushing may drop them.
+        tasks (`TaskHistory`): which adapters are the history of which.
+        attribution (`dict[str, torch.Tensor]`): adapter -> its stored attribution vector `(N,)`, the mean over its own
+            task's probe. Saved with it.
+        removed_tasks (`set[str]`): tasks that `remove_task` took out: saving and pushing may drop them.
     """
 
     active_adapter: str | list[str]
@@ -670,12 +668,9 @@ class ASOLoraModel(LoraModel):
         super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> nn.Module:  # fmt: skip
         if not merge:
             return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         with self._history_active(adapter_names) as names:

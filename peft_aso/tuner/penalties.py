@@ -27,12 +27,10 @@ class Penalty:
     """A registered penalty.
 
     Attributes:
-        function: `(new, history, psi)`: the current task's factors, those of each earlier task, and psi `(T,)` of them
-            (Eq. 6); a scalar with gradients to `new`.
+        function: of the current task's factors, those of each earlier task, and their psi `(T,)` (Eq. 6); a scalar.
         default_weight: lambda where `ASOLoraConfig(penalty_weight=None)`.
-        batched: the same for M modules of one shape: the current A `(M, r, in)`, the earlier tasks' A one below the
-        other
-            `(M, R, in)`, and psi of each of those rows `(M, R)` or `(1, R)`.
+        batched: the same for M modules of one shape: the current A `(M, r, in)`, the rows of all earlier tasks' A
+            `(M, R, in)`, and psi of each row, `(M, R)` or `(1, R)`.
     """
 
     function: PenaltyFunction

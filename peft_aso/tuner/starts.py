@@ -1,37 +1,19 @@
 """Starts of a new task's A, outside of the span of its history's A (Eq. 4). One registered function each.
 
-A start sees low-rank factors and second moments of inputs, never a model. `ASOLoraConfig(project_init=<name>)` chooses
-one by name; `True` is `"random"`.
+A start is a function `(A, history, inputs=None) -> A` of one module: A `(r, in)` as PEFT started it, the earlier
+tasks' updates, oldest first, and the second moment `(in, in)` of the task's inputs (float64; None: there were none, or
+the start does not need them). `ASOLoraConfig(project_init=<name>)` chooses one by name; `True` is `"random"`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 from .low_rank import LowRank
 
-
-class Start(Protocol):
-    """A start of A at one module.
-
-    Args:
-        A: `(r, in)`, as PEFT started it at random.
-        history: the updates of the earlier tasks at the module, oldest first.
-        inputs: `(in, in)`, float64: the sum of x x^T over the task's inputs x of the module. None: there were none, or
-            the start does not need them.
-
-    Returns:
-        The A to start with, `(r, in)`, in the dtype and on the device of the given one.
-    """
-
-    def __call__(
-        self, A: torch.Tensor, history: Sequence[LowRank], inputs: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
-
-
+Start = Callable[..., torch.Tensor]
 STARTS: dict[str, Start] = {}
 _NEED_INPUTS: set[str] = set()
 

@@ -39,7 +39,7 @@ def test_the_mean_weighs_examples_by_their_size_and_survives_long_answers() -> N
 def test_cat_and_to() -> None:
     a, b = vector(0, 2, -1.0), vector(1, 3, -2.0)
     b.nodes = 8.0
-    both = AttributionVector.cat([a, b]).to("cpu")
+    both = AttributionVector.cat([a, b])
     assert len(both) == 5 and both.layout == LAYOUT and both.nodes == 6.0
     assert torch.equal(both.values, torch.cat([a.values, b.values]))
     assert torch.equal(both.log_scale, torch.cat([a.log_scale, b.log_scale]))
