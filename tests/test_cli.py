@@ -16,21 +16,21 @@ from transformers import AutoModelForCausalLM
 
 from peft_aso import export_merged, push_chain, save_chain
 from peft_aso.cli import main
-from tests.chain.chains import change_weights, edit_config, edit_weights, entries, logits, make_chain
+from tests.chain.chains import change_weights, edit, entries, load, logits, make_chain
 from tests.chain.conftest import hub  # noqa: F401
 from tests.chain.server import Hub
 from tests.tiny_models import tiny
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> tuple[Path, Path, Any]:
-    """A chain's folder, its base model's folder, and the chain itself."""
+def chain(tmp_path: Path) -> Path:
+    """A chain's folder; its base model is in the folder `base` beside it."""
     model = make_chain()
     for task, similarities in {"second": {"first": 0.25}, "third": {"first": 0.5, "second": 0.125}}.items():
         model.peft_config[task].similarities = similarities
         model.peft_config[task].soft_coefficients = {old: 1 - w for old, w in similarities.items()}
     tiny("llama").save_pretrained(tmp_path / "base")
-    return save_chain(model, tmp_path / "chain"), tmp_path / "base", model
+    return save_chain(model, tmp_path / "chain")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
@@ -39,8 +39,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     return code, captured.out if "--json" in arguments else captured.out + captured.err
 
 
-def test_inspect(places: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    chain, _, _ = places
+def test_inspect(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, "inspect", chain)
     assert code == 0 and "3 tasks" in text and "first (0.50)" in text
     code, text = run(capsys, "inspect", chain, "--json")
@@ -52,12 +51,11 @@ def test_inspect(places: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tasks["third"]["history"] == ["first", "second"] and tasks["third"]["soft_coefficients"]["second"] == 0.875
 
 
-def test_verify(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, hub: Hub) -> None:  # noqa: F811
-    chain, base, model = places
-    push_chain(model, "user/chain", merged=False)
+def test_verify(chain: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, hub: Hub) -> None:  # noqa: F811
+    push_chain(load(chain), "user/chain", merged=False)
     tiny("llama", hidden_size=64).save_pretrained(tmp_path / "wide")
     for source in (chain, "user/chain"):
-        code, text = run(capsys, "verify", source, "--base", base)
+        code, text = run(capsys, "verify", source, "--base", tmp_path / "base")
         assert code == 0 and text.count("ok ") == 3
     code, text = run(capsys, "verify", chain, "--base", tmp_path / "wide")
     assert code == 1 and text.count("WRONG") == 3
@@ -72,11 +70,11 @@ def test_verify(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path,
         assert "not valid JSON" in lines["first"] and lines["second"].startswith("ok") and "sha256" in lines["third"]
         found = json.loads(run(capsys, "verify", source, "--json")[1])
         assert not found["well"] and not found["tasks"]["second"] and found["tasks"]["third"]
-    edit_config(chain / "second", lora_alpha=800)
+    edit(chain / "second", dict(lora_alpha=800))
     assert "another scale" in run(capsys, "verify", chain)[1]
-    edit_config(chain / "second", use_dora=True)
+    edit(chain / "second", dict(use_dora=True))
     assert "cannot be part of a chain" in run(capsys, "verify", chain)[1]
-    edit_weights(chain / "second", lambda weights: next(iter(weights.values())).fill_(float("nan")))
+    edit(chain / "second", lambda weights: next(iter(weights.values())).fill_(float("nan")))
     assert "NaN" in run(capsys, "verify", chain)[1]
 
 
@@ -94,33 +92,30 @@ def test_merge_and_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     torch.testing.assert_close(logits(served), logits(both), atol=1e-4, rtol=1e-4)
 
 
-def test_only_models_of_transformers_are_taken_from_a_config(places: Any, capsys: Any) -> None:
-    chain, base, _ = places
+def test_only_models_of_transformers_are_taken_from_a_config(chain: Path, tmp_path: Path, capsys: Any) -> None:
     for named in ("set_seed", "os", "__doc__", 3):
         for task in ("first", "second", "third"):
-            edit_config(chain / task, task_type=None, auto_mapping={"base_model_class": named, "parent_library": "os"})
-        code, text = run(capsys, "verify", chain, "--base", base)
+            edit(chain / task, dict(task_type=None, auto_mapping={"base_model_class": named, "parent_library": "os"}))
+        code, text = run(capsys, "verify", chain, "--base", tmp_path / "base")
         assert code == 1 and "does not fit this model" in text, "as AutoModel has it"
 
 
-def test_report_and_push(places: Any, hub: Hub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # noqa: F811
-    chain, base, model = places
+def test_report_and_push(chain: Path, hub: Hub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # noqa: F811
     assert run(capsys, "report", chain, "--out", tmp_path / "report")[0] == 0
     page = (tmp_path / "report" / "report.md").read_text()
     assert "similarity.png" in page and (tmp_path / "report" / "similarity.png").stat().st_size > 1000
     assert "second (0.88)" in page
-    code, text = run(capsys, "push", chain, "user/chain", "--base", base, "--private", "--json")
+    code, text = run(capsys, "push", chain, "user/chain", "--base", tmp_path / "base", "--private", "--json")
     assert code == 0 and json.loads(text) == {"user/chain": hub.repos["user/chain"].head}
     assert hub.repos["user/chain"].private
     code, text = run(capsys, "inspect", "user/chain")
     assert code == 0 and f"user/chain@{hub.repos['user/chain'].head[:7]}" in text
-    push_chain(model, "user/tasks", per_task=True)
+    push_chain(load(chain), "user/tasks", per_task=True)
     code, text = run(capsys, "verify", "user/tasks-third")
     assert code == 0 and text.count("ok ") == 3
 
 
-def test_what_goes_wrong_has_a_status(places: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    chain, _, _ = places
+def test_what_goes_wrong_has_a_status(chain: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments in (
         ("inspect", tmp_path / "none"),
         ("merge", chain, "--out", tmp_path / "out"),

@@ -9,35 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_aso import ASOLoraConfig, export_lora, export_merged
-from tests.tiny_models import tiny, tiny_batch
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+from peft_aso import export_lora, export_merged
+from tests.chain.chains import logits, make_chain
+from tests.tiny_models import tiny
 
 
 @pytest.fixture
 def model() -> Any:
-    """A chain of three tasks of unlike ranks, with random weights."""
-    tasks: dict[str, Any] = {"mood": {"r": 3}, "topic": {"rank_pattern": {"q_proj": 5}}, "wish": {}}
-    configs = {name: ASOLoraConfig(task_type="CAUSAL_LM", lora_alpha=4, **more) for name, more in tasks.items()}
-    model = get_peft_model(tiny("llama"), configs["mood"], adapter_name="mood")
-    for name in ("topic", "wish"):
-        model.add_adapter(name, configs[name])
-    model.set_adapter("wish")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.2)
-    return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(**tiny_batch(model)).logits
+    """A chain of three tasks of unlike ranks."""
+    return make_chain(tasks={"mood": {"r": 3}, "topic": {"rank_pattern": {"q_proj": 5}}, "wish": {}})
 
 
 def test_the_code_in_the_guide_runs(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +52,6 @@ def test_the_folder_is_what_vllm_and_llama_cpp_expect(model: Any, tmp_path: Path
         rows, columns = tiny("llama").get_submodule(match[1]).weight.shape
         assert tensor.shape == ((config["r"], columns) if match[2] == "A" else (rows, config["r"]))
     served = re.search(r"--max-lora-rank (\d+)", (folder / "README.md").read_text())
-    assert served is not None and int(served[1]) in VLLM_RANKS and int(served[1]) >= config["r"]
+    assert (
+        served is not None and int(served[1]) in (8, 16, 32, 64, 128, 256, 320, 512) and int(served[1]) >= config["r"]
+    )

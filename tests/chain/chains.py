@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
 import json
+import pkgutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +16,21 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
-from peft_aso import ASOLoraConfig
+from peft_aso import ASOLoraConfig, load_chain
 from tests.tiny_models import tiny, tiny_batch
 
-TARGETS: dict[str, list[str]] = {
-    "llama": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn"],
-    "t5": ["q", "v"],
-    "bert": ["query", "value"],
-}
 TASK_TYPES = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
 
 
 def settings(architecture: str = "llama", **overrides: Any) -> dict[str, Any]:
     """Keyword arguments of a config for that tiny model."""
-    values: dict[str, Any] = {
+    return {
         "r": 2,
         "lora_alpha": 6,
-        "target_modules": TARGETS[architecture],
         "task_type": TASK_TYPES[architecture],
         "fan_in_fan_out": architecture == "gpt2",
+        **overrides,
     }
-    return {**values, **overrides}
 
 
 def randomize(model: Any, name: str) -> None:
@@ -44,7 +42,7 @@ def randomize(model: Any, name: str) -> None:
 
 
 def add(model: Any, name: str, **values: Any) -> Any:
-    """One more task on top, with random weights, active, in eval mode; `values` of its config, with target_modules."""
+    """One more task on top, with random weights, active, in eval mode; `values` of its config."""
     config = ASOLoraConfig(**values)
     if hasattr(model, "peft_config"):
         model.add_adapter(name, config)
@@ -75,6 +73,10 @@ def stock_adapter(folder: Path, architecture: str = "llama", seed: int = 7, **ov
     return model.eval()
 
 
+def load(source: Any, **options: Any) -> Any:
+    return load_chain(tiny("llama"), source, **options)
+
+
 def logits(model: Any) -> torch.Tensor:
     """The model's logits on a fixed batch."""
     with torch.no_grad():
@@ -90,43 +92,68 @@ def entries(folder: Path) -> dict[str, Any]:
     return {entry["task"]: entry for entry in json.loads((folder / "chain.json").read_text())["tasks"]}
 
 
-def edit_config(folder: Path, **values: Any) -> None:
-    path = folder / CONFIG_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def edit_weights(folder: Path, change: Any) -> None:
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
+def edit(folder: Path, change: Any) -> None:
+    """Change an adapter: its config by a dict, its weights by a function."""
+    if isinstance(change, dict):
+        path = folder / CONFIG_NAME
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    else:
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def change_weights(folder: Path) -> None:
     """Other values in the first LoRA matrix of the file."""
-    edit_weights(folder, lambda weights: weights[min(key for key in weights if "lora_" in key)].view(-1)[:1].add_(1))
+    edit(folder, lambda weights: weights[min(key for key in weights if "lora_" in key)].view(-1)[:1].add_(1))
 
 
-def state(model: Any) -> dict[str, Any]:
-    """All that can be told of a model through public names."""
-    tuner = model.base_model
-    return {
+def at_call(monkeypatch: Any, function: str, number: int, then: Callable[[], object]) -> None:
+    """Do `then` just before that call of a function, which is named with its module."""
+    original, calls = pkgutil.resolve_name(function), itertools.count(1)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            then()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(function, wrapper)
+
+
+def described(model: Any) -> dict[str, Any]:
+    """All that can be told of a model, with adapters or without, through public names."""
+    found = {
         "modules": [(name, type(module), module.training) for name, module in model.named_modules()],
         "parameters": [(name, p.dtype, p.shape, p.requires_grad) for name, p in model.named_parameters()],
-        "scales": {name: (layer.scaling, layer.r, layer.lora_alpha) for name, layer in tuner.lora_layers().items()},
-        "configs": {name: config.to_dict() for name, config in model.peft_config.items()},
-        "tasks": (tuner.tasks.histories, tuner.tasks.missing, tuner.tasks.frozen),
-        "active": (model.active_adapters, tuner.active_adapters),
-        "targets": sorted(tuner.targeted_module_names),
-        "vectors": {name: vector.tolist() for name, vector in tuner.attribution.items()},
+        "configs": {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()},
     }
+    tuner: Any = getattr(model, "base_model", None)
+    if hasattr(tuner, "lora_layers"):
+        found |= {
+            "scales": {name: (each.scaling, each.r, each.lora_alpha) for name, each in tuner.lora_layers().items()},
+            "tasks": (tuner.tasks.histories, tuner.tasks.missing, tuner.tasks.frozen),
+            "active": (model.active_adapters, tuner.active_adapters),
+            "targets": sorted(tuner.targeted_module_names),
+            "vectors": {name: vector.tolist() for name, vector in tuner.attribution.items()},
+        }
+    return found
 
 
 def check_same(model: Any, expected: Any) -> None:
-    """Two models are equal in everything, and so are their tensors."""
-    found, wanted = state(model), state(expected)
+    found, wanted = described(model), described(expected)
     for part in wanted:
         assert found[part] == wanted[part], part
-    values, wanted_values = model.state_dict(), expected.state_dict()
-    assert list(values) == list(wanted_values)
-    assert all(torch.equal(values[name], wanted_values[name]) for name in values)
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """After the block the model is as it was before."""
+    before = copy.deepcopy(model)
+    yield
+    check_same(model, before)

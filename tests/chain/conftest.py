@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,30 +16,26 @@ from tests.chain.server import TOKEN, Hub
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A server that the client takes for the Hub, logged in, with an empty cache; without Xet, which it has not."""
-    with Hub() as server:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
-        for name, value in {
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": template,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # made when it was imported
-        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached once it was made
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    make_chain().save_pretrained(str(folder))
-    return folder
+    server = Hub()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # made when it was imported
+    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached once it was made
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A chain's folder as PEFT writes it, without chain.json, to be spoilt."""
-    return Path(shutil.copytree(saved, tmp_path / "chain"))
+    make_chain().save_pretrained(str(tmp_path / "chain"))
+    return tmp_path / "chain"

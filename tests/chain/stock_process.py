@@ -1,15 +1,12 @@
-"""Run by the export's tests in a process of its own: stock PEFT loads an export; peft_aso is never imported.
+"""Run by the export's tests in a process of its own: stock PEFT loads exports; peft_aso is never imported.
 
-Usage: stock_process.py JOBS OUT, where JOBS is a JSON list of `[folder with base model and batch, adapter
-folder]`.
+Usage: stock_process.py FOLDER..., each with a base model, its batch and an adapter; the results are in results.pt.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 import transformers
@@ -17,17 +14,15 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 
-def run(base_folder: str, adapter: str) -> dict[str, object]:
-    description = json.loads(Path(base_folder, "description.json").read_text())
-    base = getattr(transformers, description["class"])
-    base = base(base.config_class(**description["config"]))
-    base.load_state_dict(torch.load(Path(base_folder, "weights.pt"), weights_only=True))
+def run(folder: str) -> dict[str, object]:
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    base = getattr(transformers, name).from_pretrained(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(base.eval(), adapter)
+        model = PeftModel.from_pretrained(base, f"{folder}/served")
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     with torch.no_grad():
-        logits = model(**torch.load(Path(base_folder, "batch.pt"), weights_only=True)).logits
+        logits = model(**torch.load(f"{folder}/batch.pt", weights_only=True)).logits
     return {
         "logits": logits,
         "warnings": [str(entry.message) for entry in caught if issubclass(entry.category, UserWarning)],
@@ -39,6 +34,5 @@ def run(base_folder: str, adapter: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    results = [run(*job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    torch.save({folder: run(folder) for folder in sys.argv[1:]}, "results.pt")
     assert not [name for name in sys.modules if name.split(".")[0] == "peft_aso"], "peft_aso was imported"
-    torch.save(results, sys.argv[2])

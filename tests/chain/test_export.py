@@ -8,107 +8,88 @@ import math
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from peft_aso import ChainError, HistoryError, MissingHistoryError, export_lora, export_merged, save_chain
 from peft_aso.chain.export import exact_targets
 from peft_aso.tuner.low_rank import MERGES, LowRank, register_merge, sum_updates
-from tests.chain.chains import add, logits, make_chain
+from tests.chain.chains import TASK_TYPES, add, content, logits, make_chain
 from tests.tiny_models import tiny, tiny_batch
 
 Tasks = dict[str, dict[str, Any]]
-# what differs from task to task, and which extra layers each architecture has
-CASES: dict[str, tuple[str, Tasks]] = {
-    "llama": (
-        "llama",
-        {
-            "first": {"r": 2, "lora_alpha": 7, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
-            "second": {"r": 3, "use_rslora": True, "target_modules": ["v_proj", "down_proj", "lm_head"]},
-            "third": {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
-        },
-    ),
-    "llama_bias": ("llama", {"first": {"lora_bias": True}, "second": {}}),
-    "gpt2": ("gpt2", {"first": {"r": 3}, "second": {"target_modules": ["mlp.c_proj", "c_attn"], "use_rslora": True}}),
-    "t5": (
-        "t5",
-        {
-            "first": {},
-            "second": {"target_modules": r"decoder\..*EncDecAttention\.(q|k)", "r": 3},
-            "third": {"target_modules": ["wo"], "lora_alpha": 1},
-        },
-    ),
-    "bert": ("bert", {"first": {}, "second": {"r": 3, "target_modules": ["query", "output.dense"]}}),
-    "embedding": ("llama", {"first": {"target_modules": ["embed_tokens", "q_proj"], "r": 3}, "second": {}}),
-    "embeddings": (
-        "gpt2",
-        {
-            "first": {"target_modules": ["wte", "c_attn"]},
-            "second": {"target_modules": ["wte"], "fan_in_fan_out": False},
-        },
-    ),
+# named by the architecture: what differs from task to task, and which extra layers each has
+CASES: dict[str, Tasks] = {
+    "llama": {
+        "first": {"r": 2, "lora_alpha": 7, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
+        "second": {"r": 3, "use_rslora": True, "target_modules": ["v_proj", "down_proj", "lm_head"]},
+        "third": {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+    },
+    "llama bias": {"first": {"lora_bias": True}, "second": {}},
+    "llama embedding": {"first": {"target_modules": ["embed_tokens", "q_proj"], "r": 3}, "second": {}},
+    "gpt2": {"first": {"r": 3}, "second": {"target_modules": ["mlp.c_proj", "c_attn"], "use_rslora": True}},
+    "gpt2 embeddings": {
+        "first": {"target_modules": ["wte", "c_attn"]},
+        "second": {"target_modules": ["wte"], "fan_in_fan_out": False},
+    },
+    "t5": {
+        "first": {},
+        "second": {"target_modules": r"decoder\..*EncDecAttention\.(q|k)", "r": 3},
+        "third": {"target_modules": ["wo"], "lora_alpha": 1},
+    },
+    "bert": {"first": {}, "second": {"r": 3, "target_modules": ["query", "output.dense"]}},
 }
-OVERRIDES: dict[str, dict[str, Any]] = {"llama_bias": {"attention_bias": True}}
 EXPORTS = pytest.mark.parametrize("export", [export_lora, export_merged])
 pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save of")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    """Case -> our model, and what a process found that has only stock PEFT."""
-    root = tmp_path_factory.mktemp("exports")
-    jobs, models = [], []
-    for case, (architecture, tasks) in CASES.items():
-        folder = root / case
-        base = tiny(architecture, **OVERRIDES.get(case, {}))
-        values = {key: value for key, value in base.config.to_dict().items() if key != "transformers_version"}
-        folder.mkdir()
-        (folder / "description.json").write_text(json.dumps({"class": type(base).__name__, "config": values}))
-        torch.save(base.state_dict(), folder / "weights.pt")
+def test_stock_peft_gives_the_same_logits_in_a_process_of_its_own(tmp_path: Path) -> None:
+    models = {}
+    for case, tasks in CASES.items():
+        folder, architecture = tmp_path / case, case.split()[0]
+        overrides = {"attention_bias": True} if case == "llama bias" else {}
+        base = tiny(architecture, **overrides)
+        base.save_pretrained(folder)
         torch.save(tiny_batch(base, seed=3), folder / "batch.pt")
-        models.append(make_chain(architecture, tasks, **OVERRIDES.get(case, {})))
-        jobs.append([str(folder), str(export_lora(models[-1], folder / "served"))])
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(Path(__file__).with_name("stock_process.py"))]
-    command += [str(root / "jobs.json"), str(root / "results.pt")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        models[case] = make_chain(architecture, tasks, **overrides)
+        export_lora(models[case], folder / "served")
+    command = [sys.executable, str(Path(__file__).with_name("stock_process.py")), *CASES]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    return dict(zip(CASES, zip(models, torch.load(root / "results.pt", weights_only=True), strict=True), strict=True))
+    for case, found in torch.load(tmp_path / "results.pt", weights_only=True).items():
+        model = models.pop(case)
+        ours = logits(model)
+        with model.disable_adapter():
+            assert (logits(model) - ours).abs().max() > 1e-2, "the adapters matter"
+        # a folded history rounds the sum of weight and adapters: 1e-5 of the largest logit, not of each
+        torch.testing.assert_close(found["logits"], ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
+        layers, tasks = model.base_model.lora_layers(), CASES[case]
+        rank = max(sum(layer.r[name] for name in tasks if name in layer.scaling) for layer in layers.values())
+        assert found["warnings"] == [] and found["modules"] == sorted(layers), case
+        assert (found["scales"], found["ranks"], found["peft_type"]) == ([1.0], [rank], "LORA"), case
+    assert not models
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stock_peft_gives_the_same_logits(results: Any, case: str) -> None:
-    model, found = results[case]
-    ours = logits(model)
-    with model.disable_adapter():
-        assert (logits(model) - ours).abs().max() > 1e-2  # the adapters matter
-    # a folded history rounds the sum of weight and adapters: 1e-5 of the largest logit, not of each
-    torch.testing.assert_close(found["logits"], ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
-    layers = model.base_model.lora_layers()
-    rank = max(sum(layer.r[name] for name in model.peft_config if name in layer.scaling) for layer in layers.values())
-    assert found["warnings"] == [] and found["modules"] == sorted(layers)
-    assert (found["scales"], found["ranks"], found["peft_type"]) == ([1.0], [rank], "LORA")
-
-
-def load_stock(architecture: str, folder: Path) -> Any:
-    return PeftModel.from_pretrained(tiny(architecture), str(folder)).eval()
+def load_stock(folder: Path) -> Any:
+    return PeftModel.from_pretrained(tiny("llama"), str(folder)).eval()
 
 
 def test_config_is_stock(tmp_path: Path) -> None:
-    model = make_chain(*CASES["llama"])
+    model = make_chain("llama", CASES["llama"])
     model.peft_config["third"].base_model_name_or_path = "somebody/model"
     folder = export_lora(model, tmp_path / "served")
     values = json.loads((folder / CONFIG_NAME).read_text())
     assert values.keys() == LoraConfig().to_dict().keys()
-    assert (values["r"], values["lora_alpha"], values["use_rslora"]) == (9, 9, False)
-    assert (values["rank_pattern"], values["alpha_pattern"], values["layers_to_transform"]) == ({}, {}, None)
+    assert (values["r"], values["layers_to_transform"]) == (9, None)
     assert (values["task_type"], values["base_model_name_or_path"]) == ("CAUSAL_LM", "somebody/model")
     text = (folder / "README.md").read_text()
     assert "- rank 9, alpha 9" in text and "first, second, third" in text and "--max-lora-rank 16" in text
@@ -122,27 +103,29 @@ def test_chosen_tasks_come_without_their_history(tmp_path: Path) -> None:
         layer.set_scale("second", 0.5)
     export_lora(model, tmp_path / "one", tasks=["second"])
     with model.base_model.only("second"):
-        torch.testing.assert_close(logits(load_stock("llama", tmp_path / "one")), logits(model))
+        torch.testing.assert_close(logits(load_stock(tmp_path / "one")), logits(model))
     export_lora(model, tmp_path / "two", tasks=["third", "reviews"])
-    two = load_stock("llama", tmp_path / "two").merge_and_unload()
+    two = load_stock(tmp_path / "two").merge_and_unload()
     name, layer = next(iter(model.base_model.lora_layers().items()))
-    delta = layer.get_delta_weight("third") + layer.get_delta_weight("default")
-    torch.testing.assert_close(two.get_submodule(name).weight, layer.get_base_layer().weight + delta)
+    expected = layer.get_base_layer().weight + delta_of(layer, ["third", "default"]).float()
+    torch.testing.assert_close(two.get_submodule(name).weight, expected)
 
 
-def delta_of(layer: Any, tasks: list[str]) -> torch.Tensor:
-    found = [layer.get_delta_weight(task).detach().double() for task in tasks if task in layer.scaling]
-    return torch.stack(found).sum(0)
+@torch.no_grad()
+def delta_of(layer: Any, tasks: Any) -> torch.Tensor:
+    """The sum of scale * B @ A, in double precision."""
+    parts = [(layer.scaling[task], layer.lora_B[task], layer.lora_A[task]) for task in tasks if task in layer.scaling]
+    return torch.stack([scale * B.weight.double() @ A.weight.double() for scale, B, A in parts]).sum(0)
 
 
 @pytest.mark.parametrize("max_rank", [1, 3, 6])
 def test_max_rank_is_the_best_of_that_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture, max_rank: int) -> None:
-    model = make_chain(*CASES["llama"])
+    model = make_chain("llama", CASES["llama"])
     with caplog.at_level(logging.WARNING, logger="peft_aso"):
         export_lora(model, tmp_path, max_rank=max_rank)
     weights, bounds, norms = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME), {}, {}
     for name, layer in model.base_model.lora_layers().items():
-        delta = delta_of(layer, list(model.peft_config))
+        delta = delta_of(layer, model.peft_config)
         down, up = (weights[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
         assert down.shape[0] == up.shape[1] == max_rank
         bounds[name] = float(torch.linalg.svdvals(delta)[max_rank:].square().sum().sqrt())
@@ -163,8 +146,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype | None) -> None:
     weights = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME)
     assert {tensor.dtype for tensor in weights.values()} == {dtype or torch.bfloat16}
     name, layer = next(iter(model.base_model.lora_layers().items()))
-    parts = [(layer.scaling[task], layer.lora_B[task].weight, layer.lora_A[task].weight) for task in model.peft_config]
-    delta = sum(scale * B.detach().double() @ A.detach().double() for scale, B, A in parts)
+    delta = delta_of(layer, model.peft_config)
     down, up = (weights[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
     # alpha / r = 3, folded into B: bfloat16 rounds it
     error = float(torch.linalg.matrix_norm(up @ down - delta) / torch.linalg.matrix_norm(delta))
@@ -172,18 +154,13 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype | None) -> None:
 
 
 def test_convolutions(tmp_path: Path) -> None:
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv = torch.nn.Conv2d(3, 5, 3, padding=1)
+    def base() -> Any:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(3, 5, 3, padding=1)))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.conv(x)
-
-    model = add(add(Net(), "first", r=2, target_modules=["conv"]), "second", r=3, target_modules=["conv"])
+    model = add(add(base(), "first", r=2, target_modules=["conv"]), "second", r=3, target_modules=["conv"])
     x = torch.randn(2, 3, 6, 6)
-    stock = PeftModel.from_pretrained(Net(), str(export_lora(model, tmp_path / "exact"))).eval()
+    stock = PeftModel.from_pretrained(base(), str(export_lora(model, tmp_path / "exact"))).eval()
     torch.testing.assert_close(stock(x), model(x), rtol=1e-5, atol=1e-5)
     weights = load_file(export_lora(model, tmp_path / "short", max_rank=4) / SAFETENSORS_WEIGHTS_NAME)
     assert weights["base_model.model.conv.lora_A.weight"].shape == (4, 3, 3, 3)
@@ -196,7 +173,7 @@ def test_a_registered_merge_is_what_is_exported(tmp_path: Path) -> None:
 
     try:
         model = make_chain(tasks={"first": {}, "second": {"merge": "half of the sum"}})
-        stock = load_stock("llama", export_lora(model, tmp_path / "lora"))
+        stock = load_stock(export_lora(model, tmp_path / "lora"))
         merged = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "merged"))
     finally:
         del MERGES["half of the sum"]
@@ -206,35 +183,20 @@ def test_a_registered_merge_is_what_is_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(merged.get_submodule(name).weight, expected)
 
 
-NAMES = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj", "x.h.0.mlp.c_proj", "head"]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        (["h.0.attn.c_proj", "h.1.attn.c_proj"], ["h.0.attn.c_proj", "h.1.attn.c_proj"]),
-        ([name for name in NAMES if "c_proj" in name], ["c_proj"]),
+def test_target_modules_match_just_the_wanted_modules() -> None:
+    names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj", "x.h.0.mlp.c_proj", "head"]
+    for wanted, expected in (
+        (names[:5], ["c_proj"]),
         (["h.1.mlp.c_proj", "head"], ["h.1.mlp.c_proj", "head"]),
-        (["x.h.0.mlp.c_proj"], ["x.h.0.mlp.c_proj"]),
         # a full name that is the ending of another one: only an expression tells them apart
         (["h.0.mlp.c_proj"], r"h\.0\.mlp\.c_proj"),
-    ],
-)
-def test_target_modules_match_just_the_wanted_modules(wanted: list[str], expected: list[str] | str) -> None:
-    assert exact_targets(wanted, ["", *NAMES], LoraConfig()) == expected
+    ):
+        assert exact_targets(wanted, ["", *names], LoraConfig()) == expected
     with pytest.raises(ChainError, match=r"adapter on head, .*modules_to_save=\['head'\]"):
-        exact_targets(["head", "h.1.mlp.c_proj"], NAMES, LoraConfig(modules_to_save=["head"]))
+        exact_targets(["head", "h.1.mlp.c_proj"], names, LoraConfig(modules_to_save=["head"]))
 
 
-CLASSES: dict[str, Any] = {
-    "llama": AutoModelForCausalLM,
-    "gpt2": AutoModelForCausalLM,
-    "t5": AutoModelForSeq2SeqLM,
-    "bert": AutoModelForSequenceClassification,
-}
-
-
-@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize("architecture", TASK_TYPES)
 def test_a_merged_model_has_the_logits_of_the_chain(tmp_path: Path, architecture: str) -> None:
     model = make_chain(architecture)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -242,7 +204,7 @@ def test_a_merged_model_has_the_logits_of_the_chain(tmp_path: Path, architecture
         folder = export_merged(model, tmp_path / "out", tasks=tasks, max_shard_size="20KB" if tasks is None else "5GB")
         assert (len(list(folder.glob("*.safetensors*"))) > 1) == (tasks is None), "shards of an earlier export go"
         with running:
-            found = CLASSES[architecture].from_pretrained(folder)
+            found = type(tiny(architecture)).from_pretrained(folder)
             torch.testing.assert_close(logits(found), logits(model), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "not touched"
 
@@ -255,10 +217,7 @@ def test_a_half_precision_base_is_rounded_once(tmp_path: Path, dtype: torch.dtyp
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert {p.dtype for p in loaded.parameters()} == {dtype or torch.bfloat16}
     for name, layer in model.base_model.lora_layers().items():
-        exact = layer.get_base_layer().weight.detach().double()
-        for task in ("first", "third"):
-            A, B = layer.lora_A[task].weight.detach().double(), layer.lora_B[task].weight.detach().double()
-            exact = exact + layer.scaling[task] * B @ A
+        exact = layer.get_base_layer().weight.detach().double() + delta_of(layer, ["first", "third"])
         expected = exact.float().to(dtype or torch.bfloat16)
         torch.testing.assert_close(loaded.get_submodule(name).weight, expected, atol=1e-6, rtol=1e-6)
 
@@ -274,13 +233,12 @@ def test_tied_weights_of_which_one_was_adapted_come_apart(tmp_path: Path) -> Non
 
 @EXPORTS
 def test_what_cannot_be_exported(tmp_path: Path, export: Any) -> None:
-    no_ours, both = "needs a PeftModel with ASO_LORA", {"lora_bias": True}
     head: Tasks = {"first": {"target_modules": ["gate_proj"]}, "second": {"modules_to_save": ["mlp"]}}
-    bias = make_chain(tasks={"first": both, "second": {"target_modules": ["embed_tokens"]}}, attention_bias=True)
+    bias: Tasks = {"first": {"lora_bias": True}, "second": {"target_modules": ["embed_tokens"]}}
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (tiny("llama"), {}, no_ours),
+        (tiny("llama"), {}, "needs a PeftModel with ASO_LORA"),
         (make_chain(tasks={"first": {"use_dora": True}}), {}, "'first' cannot be part of the sum: .*DoRA"),
-        (bias, {}, "lora_bias and model.embed_tokens is an embedding"),
+        (make_chain(tasks=bias, attention_bias=True), {}, "lora_bias and model.embed_tokens is an embedding"),
         *((make_chain(), {"tasks": tasks}, "give each task once") for tasks in (["fourth"], [], ["first", "first"])),
         (make_chain(), {"dtype": torch.int8}, "torch.int8 is not a floating point type"),
     ]
@@ -315,10 +273,10 @@ def test_folders_of_somebody_else(tmp_path: Path, export: Any) -> None:
     make_chain(tasks={"default": {}}).save_pretrained(str(tmp_path / "adapter"))
     tiny("llama").save_pretrained(tmp_path / "model")
     for name in ("chain", "adapter", "model"):
-        before = sorted((path, path.read_bytes()) for path in (tmp_path / name).rglob("*") if path.is_file())
+        before = content(tmp_path / name)
         with pytest.raises(ChainError, match="holds a chain, an adapter or a model"):
             export(model, tmp_path / name)
-        assert sorted((path, path.read_bytes()) for path in (tmp_path / name).rglob("*") if path.is_file()) == before
+        assert content(tmp_path / name) == before
     (tmp_path / "file").touch()
     with pytest.raises(ChainError, match="is a file"):
         export(model, tmp_path / "file")
@@ -331,18 +289,13 @@ def test_folders_of_somebody_else(tmp_path: Path, export: Any) -> None:
 @EXPORTS
 def test_an_error_leaves_the_old_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Any) -> None:
     folder = export(make_chain(seed=1), tmp_path / "served")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
+    before = content(folder)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         export(make_chain(seed=2), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert content(folder) == before
     model = make_chain(seed=2)
     export(model, folder)
-    assert {path.name for path in folder.iterdir()} == set(before)
-    is_lora = export is export_lora
-    loaded = load_stock("llama", folder) if is_lora else AutoModelForCausalLM.from_pretrained(folder)
+    assert set(content(folder)) == set(before)
+    loaded = load_stock(folder) if export is export_lora else AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)

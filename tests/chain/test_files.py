@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from peft_aso import ChainError, load_chain, save_chain
-from tests.chain.chains import edit_config, edit_weights, make_chain
+from tests.chain.chains import edit, load, make_chain, unchanged
 from tests.tiny_models import tiny
 
 Spoil = Callable[[Path], object]
@@ -26,14 +25,8 @@ Spoil = Callable[[Path], object]
 def check_refused(source: Any, message: str, base: Any = None) -> None:
     """The error is raised and the base model has not changed at all."""
     base = tiny("llama") if base is None else base
-    names = [(name, type(module)) for name, module in base.named_modules()]
-    values = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in base.named_parameters()}
-    with pytest.raises(ChainError, match=f"(?s){message}"):
+    with unchanged(base), pytest.raises(ChainError, match=f"(?s){message}"):
         load_chain(base, source)
-    assert [(name, type(module)) for name, module in base.named_modules()] == names
-    for name, tensor in base.named_parameters():
-        assert torch.equal(tensor, values[name][0]) and tensor.requires_grad == values[name][1]
-    assert not hasattr(base, "peft_config")
 
 
 def header(**tensor: Any) -> Spoil:
@@ -46,18 +39,10 @@ def with_value(value: float, dtype: torch.dtype) -> Spoil:
         weights.update({name: tensor.to(dtype) for name, tensor in weights.items()})
         weights[sorted(weights)[3]].view(-1)[-1] = value
 
-    return lambda path: edit_weights(path.parent, spoil)
+    return lambda path: edit(path.parent, spoil)
 
 
-def config(text: str) -> Spoil:
-    return lambda path: path.with_name(CONFIG_NAME).write_text(text)
-
-
-def ours(**values: Any) -> Spoil:
-    return lambda path: edit_config(path.parent, **values)
-
-
-HARM: list[tuple[Spoil, str]] = [
+HARM: list[tuple[Spoil | str | dict[str, Any], str]] = [
     (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated or damaged"),
     (lambda path: path.write_bytes(b""), "truncated or damaged"),
     (lambda path: path.write_bytes(os.urandom(2048)), "truncated or damaged"),
@@ -68,67 +53,56 @@ HARM: list[tuple[Spoil, str]] = [
     (lambda path: save_file({"something": torch.zeros(2)}, path), "holds no LoRA matrices"),
     (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
     (lambda path: path.unlink(), f"has no file {SAFETENSORS_WEIGHTS_NAME}"),
-    (
-        lambda path: (path.rename(path.parents[2] / "away"), path.symlink_to(path.parents[2] / "away")),
-        "leads out of its folder",
-    ),
+    (lambda path: path.symlink_to(path.rename(path.parents[2] / "away")), "leads out of its folder"),
     *((with_value(value, torch.float32), "NaN or Inf") for value in (float("nan"), float("inf"), -float("inf"))),
     (with_value(float("nan"), torch.bfloat16), "NaN or Inf"),
-    (config("{"), "not valid JSON"),
-    (config("[" * 100_000), "not valid JSON"),
-    (config("[1]"), "holds a list, not an object"),
-    (config(" " * (17 * 2**20)), "too many for its kind"),
-    (ours(peft_type="IA3"), "peft_type 'IA3'"),
-    (ours(peft_type=["LORA"]), "peft_type"),
-    (ours(penalty="cubed"), "not a valid config.*cubed"),
-    (ours(history="first"), "not a valid config.*list of task names"),
-    *((ours(r=r, history_hashes=None), "its config is wrong.*third") for r in (0, "2", None)),
-    (ours(lora_alpha="big"), "its config is wrong.*third"),
-    (ours(target_modules=5), "its config is wrong.*third"),
-    *((ours(task_name=name), "cannot be the name of a task") for name in ("../up", "a/b", "a\\b", ".x", "..", "a\0b")),
+    ("{", "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"),
+    ("[1]", "holds a list, not an object"),
+    (" " * (17 * 2**20), "too many for its kind"),
+    (dict(peft_type="IA3"), "peft_type 'IA3'"),
+    (dict(peft_type=["LORA"]), "peft_type"),
+    (dict(penalty="cubed"), "not a valid config.*cubed"),
+    (dict(history="first"), "not a valid config.*list of task names"),
+    *((dict(r=r, history_hashes=None), "its config is wrong.*third") for r in (0, "2", None)),
+    (dict(lora_alpha="big"), "its config is wrong.*third"),
+    (dict(target_modules=5), "its config is wrong.*third"),
+    *((dict(task_name=name), "cannot be the name of a task") for name in ("../up", "a/b", "a\\b", ".x", "..", "a\0b")),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(HARM)))
-def test_files_that_are_damaged_or_mean_harm(folder: Path, number: int) -> None:
-    spoil, message = HARM[number]
-    spoil(folder / "third" / SAFETENSORS_WEIGHTS_NAME)
+@pytest.mark.parametrize(("spoil", "message"), HARM, ids=range(len(HARM)))
+def test_files_that_are_damaged_or_mean_harm(folder: Path, spoil: Any, message: str) -> None:
+    """Harm to the weights, or to the config: its whole text, or values in it."""
+    if isinstance(spoil, str):
+        (folder / "third" / CONFIG_NAME).write_text(spoil)
+    elif isinstance(spoil, dict):
+        edit(folder / "third", spoil)
+    else:
+        spoil(folder / "third" / SAFETENSORS_WEIGHTS_NAME)
     check_refused(folder, message)
 
 
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 def test_a_pickle_is_not_unpickled(folder: Path, tmp_path: Path) -> None:
-    (folder / "first" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "touched")))
-    load_chain(tiny("llama"), folder)  # there is safetensors too
+    makes_a_folder = f"cos\nmkdir\n(V{tmp_path / 'made'}\ntR."  # a pickle, as text
+    (folder / "first" / "adapter_model.bin").write_text(makes_a_folder)
+    load(folder)  # there is safetensors too
     (folder / "first" / SAFETENSORS_WEIGHTS_NAME).unlink()
     check_refused(folder, "pickle .adapter_model.bin., which can run code")
-    assert not (tmp_path / "touched").exists()
+    assert not (tmp_path / "made").exists()
+    pickle.loads(makes_a_folder.encode())
+    assert (tmp_path / "made").exists(), "what it would have done"
 
 
 def test_links(folder: Path, tmp_path: Path) -> None:
     first = folder / "first"
     (first / SAFETENSORS_WEIGHTS_NAME).rename(first / "real")
     os.symlink("real", first / SAFETENSORS_WEIGHTS_NAME)
-    load_chain(tiny("llama"), folder)
-    snapshot, blobs = (tmp_path / "models--somebody--chain" / name for name in ("snapshots/abc", "blobs"))
-    blobs.mkdir(parents=True)
-    for task in ("first", "second", "third"):
-        (snapshot / task).mkdir(parents=True)
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            shutil.copy(folder / task / name, blobs / f"{task}-{name}")
-            os.symlink(f"../../../blobs/{task}-{name}", snapshot / task / name)
-    load_chain(tiny("llama"), snapshot)
+    load(folder)
     first.rename(tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", first)
     check_refused(folder, "leads out of its folder")
-    load_chain(tiny("llama"), [first, folder / "second"])  # a folder that the user names is the user's choice
+    load([first, folder / "second"])  # a folder that the user names is the user's choice
 
 
 @pytest.mark.parametrize(
