@@ -7,6 +7,7 @@ readers and in grey, and each cell shows its number.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import textwrap
@@ -106,7 +107,9 @@ def plot_overview(
     plot_accuracy(matrix, tasks, ax=left)
     plot_similarity(similarities, tasks, ax=right)
     path.parent.mkdir(parents=True, exist_ok=True)
-    left.figure.savefig(path, format=kind, dpi=150)
+    picture = io.BytesIO()  # an older picture stays if this one cannot be drawn
+    left.figure.savefig(picture, format=kind, dpi=150)
+    path.write_bytes(picture.getvalue())
     return path
 
 

@@ -46,10 +46,8 @@ def make(folder: Path, python: str, wanted: list[str]) -> str:
         return inside
     subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
     install = [inside, "-m", "pip", "install", "--disable-pip-version-check"]
-    first = [name for name in wanted if name.startswith("torch==")]
-    if first:  # before anything can require another build of it
-        subprocess.run([*install, *first], check=True)
-    subprocess.run([*install, *wanted, *TEST_PACKAGES], check=True)
+    for names in (wanted[:1], [*wanted, *TEST_PACKAGES]):  # torch before anything can require another build of it
+        subprocess.run([*install, *names], check=True)
     (folder / "made").touch()
     return inside
 
@@ -60,17 +58,15 @@ def run(python: str, tests: list[str], log: Path) -> dict[str, Any]:
     versions = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    log.write_text(done.stdout)
-    found = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    with log.open("w") as file:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    text = log.read_text()
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", text[-300:])
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
     return {**versions, **{name: int(count) for count, name in found}, "failures": failed, "exit": done.returncode}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
     rows = ["| environment | Python | " + " | ".join(SHOWN) + " | tests |", "|" + "---|" * (len(SHOWN) + 3)]
     for name, (version, _) in ENVIRONMENTS.items():
         found, cells, tests = results.get(name), [""] * len(SHOWN), "not run"
@@ -83,7 +79,6 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Build, run, write the results down, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(ENVIRONMENTS), help="environments, separated by commas")
     parser.add_argument("--work", type=Path, default=ROOT / ".venv-compat")

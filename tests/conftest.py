@@ -15,8 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-SEED_VARIABLE = "PEFT_ASO_TEST_SEED"
-
 # No deadline: the first example pays for imports and warm-up, and the machine may be shared.
 settings.register_profile("peft_aso", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("peft_aso")
@@ -32,19 +30,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    """Torch's generator starts every test from the same number; returns it."""
+def seed() -> None:
+    """Torch's generator starts every test from the same number."""
     torch.manual_seed(0)
-    return 0
 
 
 @pytest.fixture
-def fresh_seed(seed: int) -> int:
+def fresh_seed(seed: None) -> int:
     """A new seed each run, also set in torch, for tests on inputs that nobody could fit by hand.
 
     Pytest shows the printed line when the test fails; the variable in it repeats the draw.
     """
-    drawn = int(os.environ.get(SEED_VARIABLE) or secrets.randbelow(2**31))
-    print(f"fresh seed: repeat this draw with {SEED_VARIABLE}={drawn}")
+    drawn = int(os.environ.get("PEFT_ASO_TEST_SEED") or secrets.randbelow(2**31))
+    print(f"fresh seed: repeat this draw with PEFT_ASO_TEST_SEED={drawn}")
     torch.manual_seed(drawn)
     return drawn

@@ -40,38 +40,30 @@ MAX_LINES = 800
 UNFINISHED = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK"]) + r")\b")
 
 
-def python_files(*folders: str) -> list[Path]:
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-
-
-def module_of(path: Path) -> str:
-    """`peft_aso/tuner/layer.py` -> "tuner.layer", `peft_aso/tuner/__init__.py` -> "tuner"."""
-    return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+def files(folders: str, ending: str = "py") -> list[Path]:
+    return [path for folder in folders.split() for path in sorted((ROOT / folder).rglob(f"*.{ending}"))]
 
 
 def ids(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def package_of(path: Path) -> str:
-    return ".".join(path.parent.relative_to(ROOT).parts)
-
-
-def imports(source: str, inside: str) -> Iterator[str]:
-    """The dotted names that a source file in the package `inside` imports, `from a import b` as `a.b`."""
+def imports(source: str, path: Path) -> Iterator[str]:
+    """The dotted names that a source file at `path` imports, `from a import b` as `a.b`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parts = inside.split(".")
-            above = parts[: len(parts) - node.level + 1] if node.level else []
+            above = path.parents[node.level - 1].relative_to(ROOT).parts if node.level else ()
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def broken_rules(module: str, source: str, inside: str) -> list[str]:
+def broken_rules(path: Path, source: str) -> list[str]:
     found = []
-    for name in imports(source, inside):
+    module = ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    assert module in LEVELS, "give the module its place in ORDER"
+    for name in imports(source, path):
         top, _, rest = name.partition(".")
         if top in FORBIDDEN.get(module, FORBIDDEN.get(module.split(".")[0], ())):
             found.append(f"{module} may not know {top}")
@@ -83,37 +75,25 @@ def broken_rules(module: str, source: str, inside: str) -> list[str]:
     return found
 
 
-MODULES = [path for path in python_files(PACKAGE) if path != ROOT / PACKAGE / "__init__.py"]
-SOURCES = python_files(PACKAGE, "examples", "tests")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for at in ("docs", "examples") for path in (ROOT / at).rglob("*.md"))])
-
-
-@pytest.mark.parametrize("path", MODULES, ids=ids)
+@pytest.mark.parametrize("path", sorted({*files(PACKAGE)} - {ROOT / PACKAGE / "__init__.py"}), ids=ids)
 def test_imports_point_downwards(path: Path) -> None:
-    assert module_of(path) in LEVELS, "give the module its place in ORDER"
-    assert broken_rules(module_of(path), path.read_text(), package_of(path)) == []
+    assert broken_rules(path, path.read_text()) == []
 
 
 @pytest.mark.parametrize(
     "statement",
-    [
-        "import peft_aso.chain",
-        "from ..training import ASOTrainer",
-        "from .. import cli",
-        "from peft_aso import ASOTrainer",
-        "from .model import tuner_of",
-        "from . import model",
-        "def f():\n    from ..chain import save",
-    ],
+    ["import peft_aso.chain", "from ..training import ASOTrainer", "from .. import cli", "from . import model"]
+    + ["from peft_aso import ASOTrainer", "from .model import tuner_of", "def f():\n    from ..chain import save"],
 )
 def test_the_rule_sees_each_kind_of_import(statement: str) -> None:
-    assert len(broken_rules("tuner.layer", statement, f"{PACKAGE}.tuner")) == 1
+    layer, vector = (ROOT / PACKAGE / name for name in ("tuner/layer.py", "attribution/vector.py"))
+    assert len(broken_rules(layer, statement)) == 1
     below = "from .. import __version__\nfrom ..attribution import find_neurons\nfrom . import config\nimport peft"
-    assert broken_rules("tuner.layer", below, f"{PACKAGE}.tuner") == []
-    assert len(broken_rules("attribution.vector", "import peft.tuners", f"{PACKAGE}.attribution")) == 1
+    assert broken_rules(layer, below) == []
+    assert len(broken_rules(vector, "import peft.tuners")) == 1
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=ids)
+@pytest.mark.parametrize("path", files(f"{PACKAGE} examples tests"), ids=ids)
 def test_a_file_has_a_docstring_is_finished_and_not_too_long(path: Path) -> None:
     source = path.read_text()
     empty_marker = path.name == "__init__.py" and not source.strip() and path.is_relative_to(ROOT / "tests")
@@ -123,8 +103,8 @@ def test_a_file_has_a_docstring_is_finished_and_not_too_long(path: Path) -> None
 
 
 def test_examples_use_public_names_only() -> None:
-    for path in python_files("examples"):
-        for name in imports(path.read_text(), package_of(path)):
+    for path in files("examples"):
+        for name in imports(path.read_text(), path):
             if name.split(".")[0] == PACKAGE:
                 module, _, last = name.rpartition(".")
                 assert name in PUBLIC or (module in PUBLIC and not last.startswith("_")), f"{path}: {name}"
@@ -136,7 +116,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *files("docs examples", "md")], ids=ids)
 def test_links_in_documents_resolve(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert UNFINISHED.search(text) is None

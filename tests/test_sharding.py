@@ -10,9 +10,7 @@ from torch import nn
 
 from peft_aso.sharding import full_tensor, gathered, is_sharded, may_shard
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
-)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 
 @pytest.fixture
@@ -27,12 +25,11 @@ def sharded() -> nn.Sequential:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
     mesh = init_device_mesh("cpu", (1,))
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+    return model
 
 
 def test_without_sharding_nothing_happens() -> None:
@@ -62,25 +59,20 @@ def test_weights_are_complete_inside_and_as_before_outside(group: None) -> None:
     assert is_sharded(model[0].weight.grad)
 
 
-def test_a_tied_weight_stays_one(group: None) -> None:
+def test_a_tied_weight_stays_one_and_gradients_of_a_full_tensor_reach_the_shard(group: None) -> None:
     model = sharded()
-    model[1].weight = model[0].weight
+    weight = model[1].weight = model[0].weight
     with gathered(model):
         assert model[1].weight is model[0].weight and not is_sharded(model[0].weight)
-    assert model[1].weight is model[0].weight and is_sharded(model[0].weight)
-
-
-def test_gradients_of_a_full_tensor_reach_the_shard(group: None) -> None:
-    weight = sharded()[0].weight
+    assert model[1].weight is model[0].weight is weight and is_sharded(weight)
     full_tensor(weight).square().sum().backward()
     torch.testing.assert_close(full_tensor(weight.grad), 2 * full_tensor(weight).detach())
 
 
 def test_hooks_of_others_stay_and_keep_their_order(group: None) -> None:
-    model = sharded()
-    seen: list[str] = []
-    for name in ("first", "last"):
-        model[0].register_forward_pre_hook(lambda *_, name=name: seen.append(name), prepend=name == "first")
+    model, seen = sharded(), []
+    model[0].register_forward_pre_hook(lambda *_: seen.append("first"), prepend=True)
+    model[0].register_forward_pre_hook(lambda *_: seen.append("last"))
     with gathered(model):
         model[0](torch.zeros(1, 4))
         model[0].register_forward_pre_hook(lambda *_: seen.append("new"))

@@ -49,12 +49,8 @@ def chain(base: nn.Module, folder: Path) -> None:
 
 
 def measures(matrix: list[list[float | None]], alone: list[float]) -> list[float]:
-    return [
-        average_accuracy(matrix),
-        forgetting(matrix, stage=1),
-        backward_transfer(matrix),
-        forward_transfer(matrix, alone),
-    ]
+    before = [average_accuracy(matrix), backward_transfer(matrix)]
+    return [*before, forgetting(matrix, stage=1), forward_transfer(matrix, alone)]
 
 
 class Trainer(peft_aso.ASOTrainer):

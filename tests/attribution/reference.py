@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from captum.attr import IntegratedGradients
 from torch import nn
 
-from peft_aso.attribution import find_neurons
+from peft_aso.attribution import AttributionConfig, AttributionVector, attribute, find_neurons
 
 Batch = dict[str, torch.Tensor]
 
@@ -16,60 +18,57 @@ def largest_gap(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float(((ours - reference).abs().amax(1) / reference.abs().amax(1)).max())
 
 
-def answer_probability(model: nn.Module, inputs: Batch, labels: torch.Tensor) -> torch.Tensor:
+def run(model: nn.Module, batch: Batch, method: str = "auto", **settings: Any) -> AttributionVector:
+    """Three even steps where the settings do not say otherwise."""
+    config = AttributionConfig(**{"steps": 3, "quadrature": "riemann", **settings})
+    return attribute(model, batch, config, method=method)
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def answer_probability(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Eq. 9 written out anew: P of each row, float64."""
+    inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if model.config.is_encoder_decoder:
-        inputs = {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
     logs = torch.log_softmax(model(**inputs).logits.double(), -1)
     if labels.ndim == 1:
         return logs.gather(-1, labels[:, None])[:, 0].exp()
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if is_causal_lm(model):
         logs, labels = logs[:, :-1], labels[:, 1:]
     chosen = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return (chosen * (labels != -100)).sum(1).exp()
 
 
 def scaled_positions(model: nn.Module, batch: Batch, name: str) -> torch.Tensor:
-    labels = batch["labels"]
-    if model.config.is_encoder_decoder and "decoder" in name.split("."):
-        return labels != -100
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return torch.cat([labels[:, 1:] != -100, torch.zeros(len(labels), 1, dtype=torch.bool)], 1)
-    return batch["attention_mask"].bool()
+    """Where the neurons of `name` are scaled, with a last dimension of 1."""
+    answered = batch["labels"] != -100
+    if is_causal_lm(model):
+        return torch.cat([answered[:, 1:], torch.zeros_like(answered[:, :1])], 1)[..., None]
+    own = model.config.is_encoder_decoder and "decoder" in name.split(".")
+    return (answered if own else batch["attention_mask"].bool())[..., None]
 
 
 def captum_scores(model: nn.Module, batch: Batch, steps: int) -> torch.Tensor:
-    """Captum's IntegratedGradients, layer by layer, through a forward pass whose neurons are put in by
-    hand."""
-    labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    """Captum's IntegratedGradients, layer by layer, through a forward pass whose neurons are put in by hand."""
     found = []
     for layer in find_neurons(model):
-        module = model.get_submodule(layer.name)
-        inputs_seen: list[torch.Tensor] = []
-        hook = module.register_forward_pre_hook(
-            lambda _, args, inputs_seen=inputs_seen: inputs_seen.append(args[0].detach())
-        )
-        with torch.no_grad():
-            answer_probability(model, inputs, labels)
-        hook.remove()
-        where = scaled_positions(model, batch, layer.name)[..., None]
-        neurons = inputs_seen[0].view(*where.shape[:2], -1)
+        where, seen = scaled_positions(model, batch, layer.name), []
+        with torch.no_grad(), layer.module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
+            answer_probability(model, batch)
 
-        def forward(scaled: torch.Tensor, module: nn.Module = module, where: torch.Tensor = where) -> torch.Tensor:
-            times = len(scaled) // len(labels)
-            mask = where.repeat(times, 1, 1)
+        def forward(scaled: torch.Tensor, module: nn.Module = layer.module, where: torch.Tensor = where):
+            times = len(scaled) // len(where)
 
-            def put(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-                return (torch.where(mask, scaled, args[0].view_as(scaled)).view_as(args[0]),)
+            def put(_: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+                return torch.where(where.repeat(times, 1, 1), scaled, args[0].view_as(scaled)).view_as(args[0])
 
-            hook = module.register_forward_pre_hook(put)
-            try:
-                repeated = {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
-                return answer_probability(model, repeated, labels.repeat(times, *[1] * (labels.ndim - 1)))
-            finally:
-                hook.remove()
+            with module.register_forward_pre_hook(put):
+                return answer_probability(model, {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in batch.items()})
 
+        neurons = seen[0].view(*where.shape[:2], -1)
         scores = IntegratedGradients(forward).attribute(neurons, n_steps=steps, method="riemann_right")
         found.append((scores * where).sum(1))
     return torch.cat(found, 1)

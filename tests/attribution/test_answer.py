@@ -11,12 +11,11 @@ from peft_aso.attribution import AttributionConfig, attribute, read_batch
 from peft_aso.attribution.answer import is_causal, log_probability
 from tests.tiny_models import CAUSAL, CLASSIFIERS, VOCAB, tiny, tiny_batch
 
-Batch = dict[str, torch.Tensor]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
 LABELS = torch.tensor([[-100, -100, 7, 8], [-100, 10, -100, -100]])
 
 
-def changed(**values: Any) -> Batch:
+def changed(**values: Any) -> dict[str, Any]:
     batch = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "labels": LABELS, **values}
     return {name: value for name, value in batch.items() if value is not None}
 
@@ -37,23 +36,18 @@ def test_seq2seq_positions() -> None:
     assert torch.equal(read.positions["encoder"], batch["attention_mask"].bool())
 
 
-@pytest.mark.parametrize("name", [*CLASSIFIERS, "bert_mlm"])
-def test_bidirectional_models_use_every_token(name: str) -> None:
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "bert_mlm", "llama_classifier"])
+def test_bidirectional_models_use_every_token_and_causal_classifiers_the_pooled_one(name: str, padding: str) -> None:
     model = tiny(name)
-    batch = tiny_batch(model, 3, padding="left")
-    read = read_batch(model, batch)
+    batch = tiny_batch(model, 4, padding=padding)
+    read, expected = read_batch(model, batch), batch["attention_mask"].bool()
+    if name == "llama_classifier":
+        places = torch.arange(expected.shape[1])
+        expected = places == (places * expected).argmax(1, keepdim=True)
     assert read.kind == ("token" if name == "bert_mlm" else "sequence")
     assert torch.equal(read.targets, batch["labels"])
-    assert torch.equal(read.positions["single"], batch["attention_mask"].bool())
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_causal_classifiers_use_the_pooled_token(padding: str) -> None:
-    model = tiny("llama_classifier")
-    batch = tiny_batch(model, 4, padding=padding)
-    places = torch.arange(batch["input_ids"].shape[1])
-    last = (places * batch["attention_mask"]).argmax(1)
-    assert torch.equal(read_batch(model, batch).positions["single"], places[None] == last[:, None])
+    assert torch.equal(read.positions["single"], expected)
 
 
 def test_causal_or_not_is_observed() -> None:
@@ -61,48 +55,45 @@ def test_causal_or_not_is_observed() -> None:
 
 
 NO_ANSWER = "No label of the batch is an answer token"
-REFUSED: list[tuple[str, Batch, str]] = [
-    ("no labels", changed(labels=None), "no `labels` tensor"),
-    ("none at all", changed(labels=torch.full((2, 4), -100)), NO_ANSWER),
-    ("first only", changed(labels=torch.tensor([[5, -100, -100, -100]] * 2)), NO_ANSWER),
-    ("none in a row", changed(labels=torch.tensor([[-100, -100, 7, 8], [-100] * 4])), "Row 1 has no answer token"),
-    (
-        "every token",
-        changed(labels=torch.tensor([[-100, -100, 7, 8], [9, 10, -100, -100]])),
-        "Row 1 has labels on every token.*prompt to -100",
-    ),
-    (
-        "on padding",
-        changed(labels=torch.tensor([[-100, -100, 7, 8], [-100, -100, 3, 4]])),
-        "Row 1 has labels on padding",
-    ),
-    (
-        "restarting positions",
-        changed(position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])),
-        "position_ids of row 0 restart.*one example per row",
-    ),
-    ("packed", changed(cu_seq_lens_q=torch.tensor([0, 4])), "packed or padding-free.*cu_seq_lens_q"),
-    ("floats", changed(labels=torch.zeros(2)), "regression or a multi-label"),
-    (
-        "unknown id",
-        changed(labels=torch.where(LABELS == 8, VOCAB, LABELS)),
-        f"Label {VOCAB} is out of range: LlamaForCausalLM has {VOCAB} ids",
-    ),
-    ("negative id", changed(labels=torch.where(LABELS == 8, -1, LABELS)), "Label -1 is out of range"),
-    ("other shape", changed(labels=torch.tensor([[-100, 3], [-100, 3]])), "differ in shape"),
-    ("three dimensions", changed(labels=torch.zeros(2, 4, 1).long()), "labels must be"),
-    ("no inputs", changed(input_ids=None), "neither input_ids nor inputs_embeds"),
+EVERY_TOKEN = "Row 1 has labels on every token.*prompt to -100"
+RESTART = "position_ids of row 0 restart.*one example per row"
+OUT_OF_RANGE = f"Label {VOCAB} is out of range: LlamaForCausalLM has {VOCAB} ids"
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"labels": None}, "no `labels` tensor"),
+    ("llama", {"labels": torch.full((2, 4), -100)}, NO_ANSWER),
+    ("llama", {"labels": torch.tensor([[5, -100, -100, -100]] * 2)}, NO_ANSWER),
+    ("llama", {"labels": torch.tensor([[-100, -100, 7, 8], [-100] * 4])}, "Row 1 has no answer token"),
+    ("llama", {"labels": torch.tensor([[-100, -100, 7, 8], [9, 10, -100, -100]])}, EVERY_TOKEN),
+    ("llama", {"labels": torch.tensor([[-100, -100, 7, 8], [-100, -100, 3, 4]])}, "Row 1 has labels on padding"),
+    ("llama", {"position_ids": torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])}, RESTART),
+    ("llama", {"cu_seq_lens_q": torch.tensor([0, 4])}, "packed or padding-free.*cu_seq_lens_q"),
+    ("llama", {"labels": torch.zeros(2)}, "regression or a multi-label"),
+    ("llama", {"labels": torch.where(LABELS == 8, VOCAB, LABELS)}, OUT_OF_RANGE),
+    ("llama", {"labels": torch.where(LABELS == 8, -1, LABELS)}, "Label -1 is out of range"),
+    ("llama", {"labels": torch.tensor([[-100, 3], [-100, 3]])}, "differ in shape"),
+    ("llama", {"labels": torch.zeros(2, 4, 1).long()}, "labels must be"),
+    ("llama", {"input_ids": None}, "neither input_ids nor inputs_embeds"),
+    ("bert", {"labels": torch.tensor([0, 3])}, "Label 3 is out of range: BertForSequenceClassification has 3 classes"),
+    ("bert", {"labels": torch.tensor([0, -100])}, "label of row 1 is -100"),
+    ("bert", {"labels": torch.zeros(2, 3)}, "regression"),
+    ("bert", {"labels": torch.tensor([0, 1, 2])}, r"labels \(3,\) and examples \(2,\) differ"),
+    ("t5", {"labels": torch.tensor([0, 1])}, "ForConditionalGeneration"),
+    ("t5", {"labels": LABELS, "decoder_input_ids": torch.ones(2, 5).long()}, "differ in shape"),
 ]
 
 
-@pytest.mark.parametrize(("batch", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
-def test_refused_before_the_model_runs(batch: Batch, message: str) -> None:
-    model = tiny("llama")
-    calls: list[int] = []
+@pytest.mark.parametrize(("name", "values", "message"), REFUSED)
+def test_refused_before_the_model_runs(name: str, values: dict[str, Any], message: str) -> None:
+    model, calls = tiny(name), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=message):
-        attribute(model, batch, AttributionConfig(steps=2))
+        attribute(model, changed(**values), AttributionConfig(steps=2))
     assert not calls
+
+
+def test_a_regression_has_no_answer() -> None:
+    with pytest.raises(ValueError, match="regression"):
+        read_batch(tiny("bert", num_labels=1), changed(labels=torch.tensor([0, 0])))
 
 
 def test_left_padded_position_ids_are_no_packing() -> None:
@@ -119,32 +110,6 @@ def test_long_answers_need_a_higher_cap() -> None:
     read_batch(model, batch, max_answer_tokens=6)
     with pytest.raises(ValueError, match=r"more answer tokens than max_answer_tokens=5.*-100.*raise"):
         read_batch(model, batch, max_answer_tokens=5)
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        (
-            "bert",
-            {"labels": torch.tensor([0, 3])},
-            "Label 3 is out of range: BertForSequenceClassification has 3 classes",
-        ),
-        ("bert", {"labels": torch.tensor([0, -100])}, "label of row 1 is -100"),
-        ("bert", {"labels": torch.zeros(2, 3)}, "regression"),
-        ("bert", {"labels": torch.tensor([0, 1, 2])}, r"labels \(3,\) and examples \(2,\) differ"),
-        ("t5", {"labels": torch.tensor([0, 1])}, "ForConditionalGeneration"),
-        ("t5", {"decoder_input_ids": torch.ones(2, 5).long()}, "differ in shape"),
-    ],
-)
-def test_labels_of_other_models(name: str, values: Batch, message: str) -> None:
-    model = tiny(name)
-    with pytest.raises(ValueError, match=message):
-        read_batch(model, {**tiny_batch(model, 2), **values})
-
-
-def test_a_regression_has_no_answer() -> None:
-    with pytest.raises(ValueError, match="regression"):
-        read_batch(tiny("bert", num_labels=1), changed(labels=torch.tensor([0, 0])))
 
 
 @pytest.mark.parametrize("unlabelled", [False, True])

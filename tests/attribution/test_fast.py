@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,23 +11,12 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from peft_aso.attribution import (
-    AttributionConfig,
-    AttributionVector,
-    FastPathUnsupported,
-    attribute,
-    find_neurons,
-)
+from peft_aso.attribution import FastPathUnsupported, find_neurons
 from peft_aso.attribution.fast import group_examples
-from tests.attribution.reference import largest_gap
+from tests.attribution.reference import largest_gap, run
 from tests.tiny_models import ALL, SEQ2SEQ, tiny, tiny_batch
 
 Batch = dict[str, torch.Tensor]
-
-
-def run(model: Any, batch: Batch, method: str = "fast", **settings: Any) -> AttributionVector:
-    config = AttributionConfig(**{"steps": 3, "quadrature": "riemann", **settings})
-    return attribute(model, batch, config, method=method)
 
 
 def assert_fast_is_reference(model: Any, batch: Batch, **settings: Any) -> None:
@@ -41,12 +30,10 @@ def assert_fast_is_reference(model: Any, batch: Batch, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [*((name, {}) for name in (*ALL, "llama_classifier")), ("llama", {"attn_implementation": "eager"})],
-)
-def test_fast_is_the_reference(name: str, settings: dict[str, Any], padding: str, fresh_seed: int) -> None:
-    model = tiny(name, seed=fresh_seed, **settings)
+@pytest.mark.parametrize("name", [*ALL, "llama_classifier", "llama eager"])
+def test_fast_is_the_reference(name: str, padding: str, fresh_seed: int) -> None:
+    name, *attention = name.split()
+    model = tiny(name, seed=fresh_seed, attn_implementation=attention[0] if attention else None)
     batch = tiny_batch(model, 4, seed=fresh_seed, padding=padding, prompt=(1, 9))
     assert_fast_is_reference(model, batch)
 
@@ -62,43 +49,28 @@ def test_rules_and_rows_at_once(name: str, quadrature: str, max_rows: int | None
     assert_fast_is_reference(model, batch, quadrature=quadrature, steps=10, max_rows=max_rows)
 
 
-def interrupted_answer(batch: Batch) -> Batch:
-    batch["labels"] = batch["labels"].clone()
-    batch["labels"][:, 2] = batch["input_ids"][:, 2]
-    return batch
+IDS = torch.arange(3, 21).reshape(2, 9)
+COLUMNS = torch.arange(9).expand(2, 9)
+ENDS = COLUMNS.ge(torch.tensor([[8], [7]]))  # an answer of one token, and one of two
+PADDED = COLUMNS.lt(torch.tensor([[9], [6]]))
+UNUSUAL: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {  # which tokens are the answer, and what else is different
+    "interrupted answer": (ENDS | (COLUMNS == 2), {}),
+    "no prompt": (PADDED & (COLUMNS > 0), {"attention_mask": PADDED.long()}),
+    "no prompt in one row": (ENDS, {"attention_mask": COLUMNS.ge(torch.tensor([[7], [0]])).long()}),
+    "own positions": (ENDS, {"position_ids": COLUMNS + 3}),
+    "embedded": (ENDS, {"input_ids": None, "inputs_embeds": torch.sin(torch.arange(288.0)).reshape(2, 9, 16)}),
+}
 
 
-def no_prompt(batch: Batch) -> Batch:
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    batch["labels"][:, 0] = -100
-    return batch
-
-
-def own_positions(batch: Batch) -> Batch:
-    return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]) + 3}
-
-
-def embedded(batch: Batch) -> Batch:
-    ids = batch.pop("input_ids")
-    return {**batch, "inputs_embeds": torch.randn(*ids.shape, 16, generator=torch.Generator().manual_seed(0))}
-
-
-def no_prompt_in_one_row(batch: Batch) -> Batch:
-    """What an example without a prompt shows is not enough for the self-check."""
-    ids = torch.randint(3, 64, (2, 9))
-    mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
-    mask[0, :7] = 0
-    labels[0, 8:], labels[1, 7:] = ids[0, 8:], ids[1, 7:]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@pytest.mark.parametrize("change", [interrupted_answer, no_prompt, own_positions, embedded, no_prompt_in_one_row])
+@pytest.mark.parametrize("change", UNUSUAL)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
-def test_unusual_causal_batches(name: str, change: Callable[[Batch], Batch]) -> None:
-    if name == "bloom" and change is own_positions:
+def test_unusual_causal_batches(name: str, change: str) -> None:
+    if (name, change) == ("bloom", "own positions"):
         pytest.skip("BLOOM takes no position_ids")
-    model = tiny(name)
-    assert_fast_is_reference(model, change(tiny_batch(model, 2)))
+    answer, more = UNUSUAL[change]
+    labels, mask = IDS.masked_fill(~answer, -100), torch.ones_like(IDS)
+    batch = {"input_ids": IDS, "attention_mask": mask, "labels": labels, **more}
+    assert_fast_is_reference(tiny(name), {key: value for key, value in batch.items() if value is not None})
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -117,15 +89,15 @@ def test_a_users_hooks_apply_once(name: str) -> None:
     """Put in after the self-check, so that it cannot notice."""
     model = tiny(name)
     batch = tiny_batch(model, 3)
-    before = run(model, batch)
+    before = run(model, batch, "fast")
     layer = find_neurons(model)[-2]
     layer.block.register_forward_pre_hook(lambda _, args: (args[0] * 1.1, *args[1:]))
     layer.block.register_forward_hook(
         lambda _, __, output: (output[0] * 0.9, *output[1:]) if isinstance(output, tuple) else output * 0.9
     )
-    layer.module.register_forward_pre_hook(lambda _, args: (args[0] * 1.2,))
+    layer.module.register_forward_pre_hook(lambda _, args: args[0] * 1.2)
     assert_fast_is_reference(model, batch)
-    assert largest_gap(run(model, batch).values, before.values) > 1e-3
+    assert largest_gap(run(model, batch, "fast").values, before.values) > 1e-3
 
 
 def test_answers_of_about_the_same_length_share_a_pass(fresh_seed: int) -> None:
@@ -153,36 +125,27 @@ class Forgetful(LlamaAttention):
 
 @pytest.mark.parametrize(
     ("attention", "reason"),
-    [(LookAhead, "differ by .* of the largest"), (Forgetful, "RuntimeError: this attention has no cache")],
+    [
+        (LookAhead, "differ by .* of the largest"),
+        (Forgetful, "RuntimeError: this attention has no cache"),
+        (LlamaAttention, "holes"),  # in the mask
+    ],
 )
-def test_a_model_that_is_not_what_it_seems_falls_back(attention: type[nn.Module], reason: str) -> None:
-    model = tiny("llama")
+def test_what_the_fast_engine_cannot_do_falls_back(attention: type[nn.Module], reason: str) -> None:
+    model, holes = tiny("llama"), reason == "holes"
     for block in model.model.layers:
         block.self_attn.__class__ = attention
-    batch = tiny_batch(model, 2)
-    with pytest.warns(UserWarning, match=f"runs the reference.*{reason}"):
-        vector = run(model, batch, "auto")
-    assert torch.equal(vector.values, run(model, batch, "reference").values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # once for each model
-        run(model, batch, "auto")
-    with pytest.raises(FastPathUnsupported, match=f"self-check on LlamaForCausalLM: .*{reason}"):
-        run(model, batch, "fast")
-
-
-def test_a_mask_with_holes_is_for_the_reference() -> None:
-    model = tiny("llama")
     batch = tiny_batch(model, 1, prompt=(6, 6))
-    batch["attention_mask"][0, 2] = 0
-    with pytest.warns(UserWarning, match="of this batch runs the slow reference: .*holes"):
+    batch["attention_mask"][0, 2] = int(not holes)
+    which, check = ("of this batch runs the slow", "") if holes else ("runs the", "self-check on LlamaForCausalLM: .*")
+    with pytest.warns(UserWarning, match=f"{which} reference.*{reason}"):
         vector = run(model, batch, "auto")
     assert torch.equal(vector.values, run(model, batch, "reference").values)
-    with pytest.raises(FastPathUnsupported, match="holes"):
+    with pytest.raises(FastPathUnsupported, match=check + reason):
         run(model, batch, "fast")
-    run(model, tiny_batch(model, 2), "fast")  # of that batch, not of the model
-
-
-# ---- the model is left as it was found ------------------------------------------------------------------
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # once for each model; holes are of that batch, not of the model
+        run(model, tiny_batch(model, 2), "fast" if holes else "auto")
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -215,49 +178,39 @@ def unusual(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("method", ["fast", "reference"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
-def test_leaves_no_trace(name: str, method: str) -> None:
+def test_leaves_no_trace_and_works_where_gradients_are_off(name: str, method: str) -> None:
     model = unusual(name)
     batch = tiny_batch(model, 2)
     before, given = state_of(model), {key: value.clone() for key, value in batch.items()}
     first = run(model, batch, method)
     assert state_of(model) == before
     torch.testing.assert_close(batch, given, rtol=0, atol=0)
-    torch.randn(5)
-    assert torch.equal(run(model, batch, method).values, first.values)
     assert not first.values.requires_grad
+    torch.randn(5)
+    for mode in (nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            vector = run(model, tiny_batch(model, 2), method)
+            assert torch.is_grad_enabled() == (mode is nullcontext)
+        assert torch.equal(vector.values, first.values)
+        vector.values.requires_grad_().sum().backward()
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
 @pytest.mark.parametrize("call", [1, 3, 12, 16])
 def test_leaves_no_trace_after_an_exception(name: str, call: int) -> None:
     model = unusual(name)
-    calls = 0
+    calls: list[None] = []
 
     def trip(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
+        calls.append(None)
+        if len(calls) == call:
             raise KeyboardInterrupt
 
-    hook = find_neurons(model)[-1].module.register_forward_pre_hook(trip)
+    find_neurons(model)[-1].module.register_forward_pre_hook(trip)
     before = state_of(model)
     with pytest.raises(KeyboardInterrupt):
         run(model, tiny_batch(model, 2), "auto", steps=6, max_rows=2)
     assert state_of(model) == before
-    hook.remove()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("method", ["fast", "reference"])
-@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
-def test_works_where_gradients_are_off(name: str, method: str, mode: Callable[[], Any]) -> None:
-    model = tiny(name)
-    expected = run(model, tiny_batch(model, 2), method)
-    with mode():
-        vector = run(model, tiny_batch(model, 2), method)
-        assert not torch.is_grad_enabled()
-    assert torch.equal(vector.values, expected.values)
-    vector.values.requires_grad_().sum().backward()
 
 
 def test_training_after_it_under_one_autocast_still_learns() -> None:
@@ -265,6 +218,6 @@ def test_training_after_it_under_one_autocast_still_learns() -> None:
     model = tiny("llama").train()
     batch = tiny_batch(model, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        run(model, batch, steps=2)
+        run(model, batch, "fast", steps=2)
         model(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.layers.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,6 @@ from peft_aso.attribution.integrated_gradients import weighted_sum
 from peft_aso.attribution.quadrature import Gradients, Samples, nodes_and_weights, refine
 from tests.attribution.reference import answer_probability, largest_gap, scaled_positions
 from tests.tiny_models import tiny, tiny_batch
-
-Batch = dict[str, torch.Tensor]
 
 
 def test_riemann_is_the_papers_and_captums_right_sum() -> None:
@@ -53,26 +52,25 @@ def test_a_jump_is_divided_but_not_for_ever() -> None:
     assert len(refined(gradients, tolerance=1e-4, most=10)[0]) <= 10
 
 
-def at_node(model: nn.Module, batch: Batch, name: str, node: float) -> tuple[float, torch.Tensor]:
+def at_node(model: nn.Module, batch: Any, name: str, node: float) -> tuple[float, torch.Tensor]:
     """P of the one example with the neurons of `name` scaled by `node`, and neuron * dP/dneuron there, `(size,)`."""
-    where = scaled_positions(model, batch, name)[..., None]
+    where = scaled_positions(model, batch, name)
     found: list[torch.Tensor] = []
 
-    def scale(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def scale(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
         own = args[0].detach().view(*where.shape[:2], -1)
         leaf = (own * node).requires_grad_()
         found.extend([own, leaf])
-        return (torch.where(where, leaf, own).view_as(args[0]),)
+        return torch.where(where, leaf, own).view_as(args[0])
 
-    hook = model.get_submodule(name).register_forward_pre_hook(scale)
-    p = answer_probability(model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
-    hook.remove()
+    with model.get_submodule(name).register_forward_pre_hook(scale):
+        p = answer_probability(model, batch)
     own, leaf = found
     (gradient,) = torch.autograd.grad(p.sum(), leaf)
     return float(p.detach()), (own * gradient * where).sum((0, 1)).double()
 
 
-def by_hand(model: nn.Module, batch: Batch, name: str, tolerance: float) -> torch.Tensor:
+def by_hand(model: nn.Module, batch: Any, name: str, tolerance: float) -> torch.Tensor:
     """The scores of one layer: every interval that misses is halved, or quartered if it misses by two tolerances."""
     known = {node: at_node(model, batch, name, node) for node in (0.0, 0.5, 1.0)}
     while True:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peft_aso.attribution import AttributionConfig, attribute
-from tests.attribution.reference import captum_scores, largest_gap
+from tests.attribution.reference import captum_scores, largest_gap, run
 
-pytestmark = pytest.mark.slow
 QUESTIONS = (("Question: What is the capital of France?\nAnswer:", " Paris"), ("2 + 2 =", " 4, of course"))
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any]:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    from tasks import load_model
-
-    model, tokenizer = load_model("smollm2")
-    return model.eval(), tokenizer
 
 
 def batch_of(tokenizer: Any, side: str) -> dict[str, torch.Tensor]:
@@ -35,12 +23,16 @@ def batch_of(tokenizer: Any, side: str) -> dict[str, torch.Tensor]:
     return {**batch, "labels": batch["input_ids"].masked_fill(~answered, -100)}
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_scores_are_captums_on_smollm2(smollm2: tuple[Any, Any], side: str) -> None:
-    model, tokenizer = smollm2
-    batch = batch_of(tokenizer, side)
-    assert sorted((batch["labels"] != -100).sum(1).tolist()) == [1, 5]
-    ours = attribute(model, batch, AttributionConfig(steps=20, quadrature="riemann"), method="fast")
-    reference = captum_scores(model, batch, steps=20)
-    assert ours.scores.shape == (2, 30 * 1536)
-    assert largest_gap(ours.scores, reference) <= 1e-5
+@pytest.mark.slow
+def test_scores_are_captums_on_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    from tasks import load_model
+
+    model, tokenizer = load_model("smollm2")
+    model = model.eval().double()  # in float32 Captum's own rounding is a part of the gap
+    for side in ("right", "left"):
+        batch = batch_of(tokenizer, side)
+        assert sorted((batch["labels"] != -100).sum(1).tolist()) == [1, 5]
+        ours = run(model, batch, "fast", steps=20)
+        assert ours.scores.shape == (2, 30 * 1536)
+        assert largest_gap(ours.scores, captum_scores(model, batch, steps=20)) <= 1e-8

@@ -66,7 +66,5 @@ def test_the_scale_is_raised_only_where_float32_would_overflow() -> None:
     assert torch.allclose(v.values[1, :2].double(), expected, rtol=1e-4, atol=1e-45)
     assert v.values[1, 2] / v.values[1, 3] == pytest.approx(3000.0, rel=1e-4)
 
-
-def test_a_layer_of_zeros() -> None:
-    v = assemble({"a": scores([[0.0, 0.0]], [500.0])}, torch.tensor([-3.0]).double())
-    assert v.log_scale[0] == -3.0 and torch.all(v.values == 0)
+    zeros = assemble({"a": scores([[0.0, 0.0]], [500.0])}, torch.tensor([-3.0]).double())
+    assert zeros.log_scale[0] == -3.0 and torch.all(zeros.values == 0)

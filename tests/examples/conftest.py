@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from tests.examples.tiny_tasks import TASKS, WORDS
 from tests.tiny_models import tiny
+from tests.training.tools import tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,18 +35,17 @@ def benchmark() -> Iterator[Any]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks whose answer is in the prompt."""
     root = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
+    draw = random.Random(0)
     for name, options in TASKS.items():
         folder = root / name
         folder.mkdir()
         (folder / "labels.json").write_text(json.dumps(options))
         for split, count in (("train", 10), ("test", 6)):
-            rows = []
-            for _ in range(count):
-                picked = torch.randint(0, len(WORDS), (4,), generator=generator).tolist()
-                answer = options[int(torch.randint(0, 2, (1,), generator=generator))]
-                rows.append({"prompt": " ".join([*(WORDS[i] for i in picked), answer, "answer"]), "answer": answer})
-            (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+            with (folder / f"{split}.jsonl").open("w") as file:
+                for _ in range(count):
+                    answer = draw.choice(options)
+                    row = {"prompt": " ".join([*draw.choices(WORDS, k=4), answer, "answer"]), "answer": answer}
+                    print(json.dumps(row), file=file)
     return root
 
 
@@ -57,13 +55,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name in ("llama", "t5"):
         folder = tmp_path_factory.mktemp(name)
-        layers = {"num_layers": 2, "num_decoder_layers": 2} if name == "t5" else {}  # `generate` wants as many of both
-        tiny(name, **layers).save_pretrained(folder)
-        vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ).save_pretrained(folder)
+        # `generate` wants as many layers on both sides; dropout is drawn anew for each micro-batch
+        changes = {"num_layers": 2, "num_decoder_layers": 2, "dropout_rate": 0.0} if name == "t5" else {}
+        tiny(name, **changes).save_pretrained(folder)
+        tokenizer(WORDS).save_pretrained(folder)
         found[name] = folder
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,13 @@ from tests.examples.tiny_tasks import WORDS
 SENTENCES = ["yes", "no good", "what is the sky"]
 
 
-def random_task(data: Path, shared: int, count: int = 25) -> Any:
+def random_task(data: Path, shared: int) -> Any:
     """Prompts of 1 to 9 words after `shared` that all have."""
-
-    def words(number: int) -> list[str]:
-        return [WORDS[i] for i in torch.randint(0, len(WORDS), (number,)).tolist()]
-
-    beginning = words(shared)
+    draw = random.Random(0)
+    beginning = draw.choices(WORDS, k=shared)
     task = sys.modules["tasks"].read_task(data / "signs")
     task.options = SENTENCES
-    task.test = [(" ".join([*beginning, *words(int(torch.randint(1, 10, ())))]), "yes") for _ in range(count)]
+    task.test = [(" ".join([*beginning, *draw.choices(WORDS, k=draw.randint(1, 9))]), "yes") for _ in range(25)]
     return task
 
 

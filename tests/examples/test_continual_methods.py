@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.examples.tiny_tasks import TASKS, WORDS, settings_of
+from tests.examples.tiny_tasks import TASKS, settings_of
+from tests.tiny_models import tiny_batch
 
 
 @pytest.fixture
@@ -87,22 +88,14 @@ def test_the_teacher_of_lwf_is_the_model_before_the_task(benchmark: Any, started
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)
 
 
-def random_batch(seq2seq: bool, rows: int, shared: int = 0) -> dict[str, torch.Tensor]:
-    """Prompts of 1 to 12 words after `shared` that all have, answers of 1 to 3, padded on the right."""
-    count = len(WORDS) + 3
-    beginning = torch.randint(3, count, (shared,))
-    parts = []
-    for _ in range(rows):
-        prompt, answer = (torch.randint(3, count, (int(torch.randint(1, top, ())),)) for top in (13, 4))
-        prompt = torch.cat([beginning, prompt])
-        ids = prompt if seq2seq else torch.cat([prompt, answer])
-        labels = answer if seq2seq else torch.cat([torch.full_like(prompt, -100), answer])
-        parts.append((ids, torch.ones_like(ids), labels))
-    names = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([part[at] for part in parts], batch_first=True, padding_value=padding)
-        for at, (name, padding) in enumerate(names.items())
-    }
+def random_batch(model: Any, shared: int = 0) -> dict[str, torch.Tensor]:
+    """Seven prompts of 1 to 12 tokens after `shared` that all have, with answers."""
+    batch = tiny_batch(model, 7, prompt=(1, 12))
+    same = torch.randint(3, 64, (shared,)).expand(7, -1)
+    before = {"input_ids": same, "attention_mask": torch.ones_like(same)}
+    if not model.config.is_encoder_decoder:
+        before["labels"] = torch.full_like(same, -100)
+    return batch | {name: torch.cat([beginning, batch[name]], 1) for name, beginning in before.items()}
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -112,7 +105,7 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_batch(
     benchmark: Any, started: Any, tmp_path: Path, name: str, size: int | None, shared: int
 ) -> None:
     method, _ = started("aso_lora", name, second=True)
-    batch = random_batch(name == "t5", 7, shared)
+    batch = random_batch(method.model, shared)
     targets = batch["labels"] if name == "t5" else batch["labels"][:, 1:]
     method.model.double().train()
     trained = list(method.trained().values())
@@ -127,7 +120,7 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_batch(
 
 def test_the_penalty_is_there_once(started: Any, tmp_path: Path) -> None:
     method, _ = started("aso_lora", second=True, similarity="none", penalty_weight=(0.3,))
-    batch = random_batch(False, 7)
+    batch = random_batch(method.model)
     trainer = method.trainer(model=method.model, args=TrainingArguments(output_dir=str(tmp_path), report_to=[]))
     trainer.current_gradient_accumulation_steps = 1  # as within a training step
     method.model.train()
@@ -144,11 +137,6 @@ def test_a_step_in_micro_batches_is_the_complete_step(benchmark: Any, started: A
     def logs(size: int | None) -> list[Any]:
         torch.manual_seed(0)
         method, tasks = started(kind, name, batch_size=4, micro_batch=size)
-        for module in method.model.modules():  # T5 has dropout of its own, drawn anew for each micro-batch
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0
-            elif isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         method.model.double()
         found = []
         for index, task in enumerate(tasks):

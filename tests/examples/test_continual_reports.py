@@ -29,11 +29,6 @@ def results_of(finished: Path, method: str) -> dict[str, Any]:
     return results
 
 
-def write(folder: Path, results: dict[str, Any]) -> None:
-    folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(results))
-
-
 def rows(benchmark: Any, folder: Path, *more: str) -> list[list[str]]:
     """The cells of a table in Markdown, its second line left out."""
     module = benchmark("table")

@@ -1,18 +1,17 @@
-"""The shipped example data: format, balance, no leak between train and test, no shortcuts.
-
-The files are read as any user's loader would read them, without a model.
-"""
+"""The shipped example data: format, balance, no leak between train and test, no shortcuts."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
@@ -35,19 +34,14 @@ def rows(task: str, split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def message(prompt: str) -> str:
-    """What the customer wrote: the prompt without instruction line, "Message: " and "Answer:"."""
-    return prompt.split("\n")[1].removeprefix("Message: ")
-
-
 def instruction(task: str) -> str:
     return rows(task, "train")[0]["prompt"].split("\n")[0]
 
 
-def all_messages(task: str) -> tuple[list[str], list[str]]:
-    """The messages and the answers of both splits."""
+def messages(task: str) -> dict[str, str]:
+    """What the customers wrote in both splits, the prompts' second lines, and the answers."""
     examples = [row for split in SIZES for row in rows(task, split)]
-    return [message(row["prompt"]) for row in examples], [row["answer"] for row in examples]
+    return {row["prompt"].split("\n")[1].removeprefix("Message: "): row["answer"] for row in examples}
 
 
 def nearly_equal(left: str, right: str) -> bool:
@@ -56,14 +50,10 @@ def nearly_equal(left: str, right: str) -> bool:
     return all(bound() >= NEAR_DUPLICATE for bound in bounds)
 
 
-def largest_gap(flags: list[bool], answers: list[str]) -> float:
+def largest_gap(flags: list[bool], answers: Sequence[str]) -> float:
     """How much more often the flag is set for one option than for the others: 0 tells nothing, 1 decides."""
-
-    def mean(option: str, mine: bool) -> float:
-        found = [flag for flag, answer in zip(flags, answers, strict=True) if (answer == option) == mine]
-        return sum(found) / len(found)
-
-    return max(abs(mean(option, True) - mean(option, False)) for option in set(answers))
+    flag, answer = np.array(flags), np.array(answers)
+    return max(abs(flag[answer == option].mean() - flag[answer != option].mean()) for option in set(answers))
 
 
 def test_instruction_lines_tell_the_tasks_apart() -> None:
@@ -87,13 +77,14 @@ def test_each_line_is_a_prompt_and_an_answer(task: str) -> None:
             assert list(row) == ["prompt", "answer"] and last == "Answer:" and body.startswith("Message: ")
             assert head == instruction(task)
             assert all(re.search(rf"\b{option}\b", head) for option in TASKS[task])
-            assert 110 <= len(row["prompt"]) <= 230 and len(message(row["prompt"])) >= 20
+            assert 110 <= len(row["prompt"]) <= 230 and len(body) >= 29
             assert not re.search(r"  |@|https?:|www\.|\d{5,}", body), "clean, and no contact data"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_two_messages_of_a_task_are_nearly_equal(task: str) -> None:
-    texts, _ = all_messages(task)
+    texts = list(messages(task))
+    assert len(texts) == sum(SIZES.values())
     assert not [pair for pair in combinations(texts, 2) if nearly_equal(*pair)]
     assert len({re.sub(r"[0-9]+", "#", text.lower()) for text in texts}) == len(texts), "nor differ in numbers only"
     assert nearly_equal("Where can I leave the car when I visit you?", "Where can I leave my car when I visit?")
@@ -102,7 +93,7 @@ def test_no_two_messages_of_a_task_are_nearly_equal(task: str) -> None:
 @pytest.mark.parametrize("task", STEMS)
 def test_no_shortcut_gives_the_answer(task: str) -> None:
     """No word, no length and no question mark decides the option; option words are rare and some mislead."""
-    texts, answers = all_messages(task)
+    texts, answers = zip(*messages(task).items(), strict=True)
     stems = [{stem for stem in STEMS[task] if re.search(stem, text.lower())} for text in texts]
     own = dict(zip(TASKS[task], STEMS[task], strict=True))
     assert sum(map(bool, stems)) <= len(texts) / 3
@@ -111,7 +102,6 @@ def test_no_shortcut_gives_the_answer(task: str) -> None:
     gaps = {word: largest_gap([word in found for found in words], answers) for word in set().union(*words)}
     assert max(gaps.values()) <= LARGEST_GAP, max(gaps, key=lambda word: gaps[word])
     assert largest_gap(["?" in text for text in texts], answers) <= 0.3
-    assert all(
-        largest_gap([len(text) <= cut for text in texts], answers) <= LARGEST_GAP for cut in map(len, texts[1:])
-    )
+    for cut in map(len, texts[1:]):
+        assert largest_gap([len(text) <= cut for text in texts], answers) <= LARGEST_GAP
     assert largest_gap([True, True, False, False], ["a", "a", "b", "b"]) == 1.0

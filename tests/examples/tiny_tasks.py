@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-WORDS = [
-    "what", "color", "is", "the", "sky", "grass", "sun", "night", "answer", "yes", "no", "good", "bad", "blue",
-    "green",
-]  # fmt: skip
 TASKS = {"colors": ["blue", "green"], "signs": ["yes", "no"]}
+WORDS = ["what", "color", "is", "the", "sky", "grass", "sun", "night", "answer", "good", "bad"]
+WORDS += [option for options in TASKS.values() for option in options]
 
 
 def settings_of(benchmark: Any, data: Path, model: Path, out: Path, **changes: Any) -> Any:

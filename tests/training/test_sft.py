@@ -16,14 +16,14 @@ from tests.tiny_models import tiny
 from tests.training import tools
 from tests.training.tools import tokenizer, weights
 
-PAIRS = [("what is the sky", "blue"), ("what is the grass", "green yes"), ("the sky is the sky", "yes")] * 2
+PAIRS = [("what is the sky", " blue"), ("what is the grass", " green yes"), ("the sky is the sky", " yes")] * 2
 
 
 def data(kind: str = "text") -> Any:
-    if kind == "text":
-        return datasets.Dataset.from_list([{"prompt": prompt, "completion": f" {a}"} for prompt, a in PAIRS])
-    speak = lambda role, words: [{"role": role, "content": words}]  # noqa: E731
-    rows = [{"prompt": speak("user", prompt), "completion": speak("assistant", answer)} for prompt, answer in PAIRS]
+    def said(role: str, words: str) -> Any:
+        return words if kind == "text" else [{"role": role, "content": words}]
+
+    rows = [{"prompt": said("user", prompt), "completion": said("assistant", answer)} for prompt, answer in PAIRS]
     return datasets.Dataset.from_list(rows)
 
 
@@ -31,13 +31,12 @@ def chain(**settings: Any) -> Any:
     return tools.chain(**{"penalty_weight": 0.5, "attribution": AttributionConfig(steps=4, probe_size=2), **settings})
 
 
-def trainer_of(model: Any, folder: Path, rows: Any, kind: Any = None, **settings: Any) -> Any:
+def trainer_of(model: Any, folder: Path, rows: Any, kind: Any = peft_aso.ASOSFTTrainer, **settings: Any) -> Any:
     args = trl.SFTConfig(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to=[],
         save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
         **{"learning_rate": 1e-2, **settings},
     )  # fmt: skip
-    kind = kind or peft_aso.ASOSFTTrainer
     return kind(model=model, args=args, train_dataset=rows, processing_class=tokenizer())
 
 

@@ -15,11 +15,7 @@ from peft_aso import ASOLoraConfig, ASOSeq2SeqTrainer, ASOTrainer, AttributionCo
 from tests.tiny_models import tiny, tiny_batch
 
 QUICK = AttributionConfig(steps=2, probe_size=4)
-NO_DROPOUT = {
-    "llama": {},
-    "t5": {"dropout_rate": 0.0},
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-}
+NO_DROPOUT = {"llama": (), "t5": ("dropout_rate",), "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob")}
 TASK_TYPES = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
 WORDS = ["what", "is", "the", "sky", "grass", "blue", "green", "user", "assistant", ":", "yes", "no"]
 CHAT = (
@@ -42,9 +38,9 @@ class TinyTask(Dataset):  # type: ignore[type-arg]
         return {name: value[index] for name, value in self.batch.items()}
 
 
-def tokenizer() -> Any:
+def tokenizer(known: list[str] = WORDS) -> Any:
     """One word a token, with a chat template that marks the assistant's words."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *known])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -54,8 +50,7 @@ def tokenizer() -> Any:
 
 def config(name: str, **settings: Any) -> ASOLoraConfig:
     """A small ASO-LoRA config for the tiny model `name`, without dropout by default."""
-    settings = {"attribution": QUICK, "r": 4, "task_type": TASK_TYPES[name], **settings}
-    return ASOLoraConfig(lora_alpha=8, **settings)
+    return ASOLoraConfig(**{"attribution": QUICK, "r": 4, "lora_alpha": 8, "task_type": TASK_TYPES[name], **settings})
 
 
 def randomize(model: Any, adapter: str, seed: int) -> None:
@@ -70,12 +65,10 @@ def randomize(model: Any, adapter: str, seed: int) -> None:
 def chain(name: str = "llama", tasks: tuple[str, ...] = ("first", "second"), **settings: Any) -> Any:
     """A PEFT model on the tiny model `name`: all tasks but the last have random weights, the last is active."""
     torch.manual_seed(0)
-    model = get_peft_model(tiny(name, **NO_DROPOUT[name]), config(name), adapter_name=tasks[0])
-    randomize(model, tasks[0], seed=1)
-    for index, task in enumerate(tasks[1:], start=2):
+    model = get_peft_model(tiny(name, **dict.fromkeys(NO_DROPOUT[name], 0.0)), config(name), adapter_name=tasks[0])
+    for index, task in enumerate(tasks[1:], start=1):
+        randomize(model, tasks[index - 1], seed=index)
         model.add_adapter(task, config(name, **(settings if task == tasks[-1] else {})))
-        if task != tasks[-1]:
-            randomize(model, task, seed=index)
     model.set_adapter(tasks[-1])
     return model
 

@@ -40,11 +40,15 @@ def fill(model: Any, names: Iterable[str], seed: int = 0) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-def add(model: Any, task: str, config: ASOLoraConfig, seed: int = 0) -> None:
-    """Add a task to the chain, activate it and fill it, as training would."""
-    model.add_adapter(task, config)
+def add(model: Any, task: str, config: ASOLoraConfig, seed: int = 0) -> Any:
+    """Add a task to the chain, or start one on a bare model; activate it and fill it, as training would."""
+    if isinstance(model, PeftModel):
+        model.add_adapter(task, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=task)
     model.set_adapter(task)
     fill(model, [task], seed)
+    return model
 
 
 def chain(
@@ -52,10 +56,9 @@ def chain(
 ) -> tuple[Any, Any]:
     """A bare base model and a PEFT model of an equal one, with one filled adapter a task; the last is active."""
     base = tiny(kind) if base is None else base
-    model = get_peft_model(copy.deepcopy(base), config_for(kind, **settings), adapter_name=tasks[0])
-    fill(model, tasks[:1], seed)
-    for number, task in enumerate(tasks[1:], start=1):
-        add(model, task, config_for(kind, **settings), seed + number)
+    model = copy.deepcopy(base)
+    for number, task in enumerate(tasks):
+        model = add(model, task, config_for(kind, **settings), seed + number)
     return base, model.eval()
 
 
@@ -162,14 +165,12 @@ def assert_frozen(model: Any, adapters: Iterable[str], values: dict[str, torch.T
 
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a refused call may not change: adapters, what is active, what is missing, what trains; logits, weights."""
-    parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
     trains = {name: value.requires_grad for name, value in model.named_parameters()}
     same = (list(model.peft_config), model.active_adapters, dict(model.base_model.tasks.missing), trains)
-    return same, logits(model), parameters
+    return same, [logits(model), *(value.detach().clone() for value in model.parameters())]
 
 
 def assert_same(model: Any, before: tuple[Any, ...]) -> None:
     """The model is as it was when `state_of` was called."""
-    same, found, parameters = state_of(model)
-    assert same == before[0] and torch.equal(found, before[1])
-    assert all(torch.equal(value, before[2][name]) for name, value in parameters.items())
+    same, tensors = state_of(model)
+    assert same == before[0] and all(map(torch.equal, tensors, before[1]))

@@ -18,18 +18,15 @@ from peft_aso import ASOLoraConfig, HistoryError, MissingHistoryError
 from peft_aso.tuner.history import adapter_of, is_folder_name, is_free, name_parts, oldest_first
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(2, 2)
-        self.token = nn.Parameter(torch.ones(2))
+def net() -> nn.Module:
+    return nn.ModuleDict({"proj": nn.Linear(2, 2), "token": nn.ParameterDict({"weight": torch.ones(2)})})
 
 
 class Chain:
     """Adapters of one small model; `saved` ones are as read from a file, so that their history may come later."""
 
     def __init__(self) -> None:
-        self.model: Any = get_peft_model(Net(), ASOLoraConfig(r=1, target_modules=["proj"], history=[]), "first")
+        self.model: Any = get_peft_model(net(), ASOLoraConfig(r=1, target_modules=["proj"], history=[]), "first")
         self.tasks = self.model.base_model.tasks
 
     def add(self, name: str, history: list[str] | None = None, saved: bool = False, task: str | None = None) -> Any:
@@ -131,11 +128,11 @@ def test_all_tasks_that_are_there_are_the_history_oldest_first():
 @pytest.mark.parametrize("name", ["token", "proj", "weight", "a.b", "a/b", "", "lora_A", "base_model", "__base__"])
 def test_names_that_peft_would_confuse(name: str):
     """Adapter names that are parts of module paths, and others by which PEFT cannot find an adapter."""
-    assert not is_free(name, name_parts(Net()))
+    assert not is_free(name, name_parts(net()))
     for good in ("dbpedia", "task-1", "12", "lora", "my model", "ü"):
-        assert is_free(good, name_parts(Net())) and is_folder_name(good)
+        assert is_free(good, name_parts(net())) and is_folder_name(good)
     held = Chain()
-    for call in (lambda: get_peft_model(Net(), held.model.peft_config["first"], name), lambda: held.add(name)):
+    for call in (lambda: get_peft_model(net(), held.model.peft_config["first"], name), lambda: held.add(name)):
         with pytest.raises(ValueError, match="cannot be called|Adapter name"):
             call()
     assert list(held.model.peft_config) == ["first"]

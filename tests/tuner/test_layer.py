@@ -8,11 +8,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -51,12 +51,10 @@ def small(form: str = "auto", seed: int = 0, **settings: Any) -> Any:
         {"r": 1, "lora_alpha": 8, "use_rslora": True, "target_modules": LAYERS[:-1]},
         {"r": 2, "rank_pattern": {"linear": 4}, "alpha_pattern": {"conv": 32}, "lora_alpha": 5},
     ]
-    settings = {"history_form": form, **settings}
-    configs = [ASOLoraConfig(**{"target_modules": LAYERS, **more, **settings}) for more in tasks]
-    model = get_peft_model(Small(), configs[0], adapter_name=TASKS[0])
-    fill(model, TASKS[:1], seed)
-    for number, task in enumerate(TASKS[1:], start=1):
-        add(model, task, configs[number], seed + number)
+    model: Any = Small()
+    for number, (task, more) in enumerate(zip(TASKS, tasks, strict=True)):
+        values = {"target_modules": LAYERS, "history_form": form, **more, **settings}
+        model = add(model, task, ASOLoraConfig(**values), seed + number)
     return model.eval()
 
 
@@ -106,17 +104,6 @@ def test_parts_of_a_layer():
     assert low_rank(layers["linear"], CURRENT).scale == 5 / 4 and low_rank(layers["conv"], CURRENT).scale == 16.0
 
 
-@pytest.mark.parametrize("form", ["stacked", "folded"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "gemma3"])
-def test_every_form_is_the_sum_in_a_model(kind: str, form: str, fresh_seed: int):
-    base, settings = None, {"use_rslora": kind == "t5", "lora_bias": kind == "gpt2"}
-    if kind in ("llama", "gemma3"):  # gemma3 scales its embeddings
-        base, targets = tiny(kind, tie_word_embeddings=False), ["embed_tokens", "q_proj", "down_proj"]
-        settings |= {"target_modules": targets}
-    base, model = chain(kind, base=base, seed=fresh_seed, history_form=form, **settings)
-    chains.assert_is_sum(model, base, TASKS, head=CURRENT if kind == "bert" else None)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_and_dropout(form: str, fresh_seed: int):
     """Gradients are those of the sum. With the current adapter at zero, no mask is drawn: dropout acts on it only."""
@@ -143,11 +130,10 @@ def test_the_base_weight_is_never_written_to(kind: str):
     held = {name: value for name, value in model.named_parameters() if "lora_" not in name}
     for _ in range(2):
         optimizer_step(model)
-    layers = list(model.base_model.lora_layers().values())
-    handle = layers[1].base_layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):  # a pass that stops half-way
+    stop = Mock(side_effect=KeyboardInterrupt)  # a pass that stops half-way
+    _, second, *_ = model.base_model.lora_layers().values()
+    with second.base_layer.register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
         logits(model)
-    handle.remove()
     logits(model)
     for name, value in held.items():
         original = base.get_parameter(name.removeprefix("base_model.model.").replace(".base_layer", ""))
@@ -229,6 +215,7 @@ def exchange_scales(model: Any, path: Path) -> None:
 
 
 def dtypes_and_merging(model: Any, path: Path) -> None:
+    model.half().float()
     assert logits(model.double()).dtype == torch.float64
     model.float().merge_adapter()
     logits(model)
@@ -270,8 +257,7 @@ CHANGES: dict[str, tuple[Callable[[Any, Path], None], bool]] = {  # and whether 
     "load_state_dict(assign=True)": (partial(load_state, assign=True), True),
     "load_state_dict of the base": (partial(load_state, part="base_layer"), True),
     "set_scale, scale_layer, scaling exchanged": (exchange_scales, True),
-    "half, float": (lambda model, path: model.half().float(), True),
-    "double, float, merge_adapter, unmerge_adapter": (dtypes_and_merging, False),
+    "half, float, double, merge_adapter, unmerge_adapter": (dtypes_and_merging, False),
     "delete_adapter, add_adapter": (delete_and_add, True),
     "optimizer.step": (optimizer_step, True),
     "history_form": (other_form, False),
@@ -284,7 +270,7 @@ CHANGES: dict[str, tuple[Callable[[Any, Path], None], bool]] = {  # and whether 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_forward_pass_sees_it(change: str, form: str, tmp_path: Path):
     inside = form == "inside folded()"
-    base, model = chain("llama", history_form="stacked" if inside else form)
+    base, model = chain("llama", base=tiny("llama").half().float(), history_form="stacked" if inside else form)
     call, differs = CHANGES[change]
     with model.base_model.folded():
         logits(model)
@@ -293,12 +279,11 @@ def test_the_next_forward_pass_sees_it(change: str, form: str, tmp_path: Path):
         logits(model)
         call(model, tmp_path)
         found = logits(model)
-    base = base.half().float() if change == "half, float" else base
     for name, layer in model.base_model.lora_layers().items():
         base.get_submodule(name).weight.data.copy_(layer.base_layer.weight)
     assert_close(found, logits(summed(base, model, TASKS)))
     chains.assert_is_sum(model, base, TASKS)
-    assert change == "half, float" or torch.allclose(found, before, rtol=1e-3, atol=1e-3) != differs
+    assert torch.allclose(found, before, rtol=1e-2, atol=1e-2) != differs
     fresh = copy.deepcopy(model)
     assert_close(fresh.base_model.orthogonality_penalty(), model.base_model.orthogonality_penalty())
     chains.assert_merged(fresh.merge_and_unload(), summed(base, model, TASKS))

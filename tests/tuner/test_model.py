@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,14 @@ def flags(model: Any) -> dict[str, bool]:
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "form"), [("llama", "auto"), ("llama", "stacked"), ("gpt2", "auto"), ("t5", "auto"), ("bert", "stacked")]
-)
+@pytest.mark.parametrize("form", ["auto", "stacked", "folded"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "gemma3"])
 def test_only_through_and_folded(kind: str, form: str, fresh_seed: int):
-    base, model = chain(kind, seed=fresh_seed, history_form=form, lora_bias=kind == "gpt2")
+    base, settings = tiny(kind), {"lora_bias": kind == "gpt2", "use_rslora": kind == "t5"}
+    if kind in ("llama", "gemma3"):  # gemma3 scales its embeddings
+        base = tiny(kind, tie_word_embeddings=False)
+        settings["target_modules"] = ["embed_tokens", "q_proj", "down_proj"]
+    base, model = chain(kind, base=base, seed=fresh_seed, history_form=form, **settings)
     before, trained, tuner = logits(model), flags(model), model.base_model
     heads: dict[str, Any] = {task: task if kind == "bert" else None for task in TASKS}
 
@@ -98,8 +99,7 @@ def test_isolated_tasks_train_without_their_history_and_run_with_it():
         assert_is_sum(model.train(), base, [CURRENT])
     with model.base_model.through("amazon"):
         assert_is_sum(model, base, HISTORY)  # each task has its own setting
-    expected = chains.summed(base, model, TASKS)
-    chains.assert_merged(model.merge_and_unload(), expected)
+    chains.assert_merged(copy.deepcopy(model).merge_and_unload(), chains.summed(base, model, TASKS))
 
 
 def test_heads_follow_the_current_task(tmp_path: Path):
@@ -117,10 +117,6 @@ def test_heads_follow_the_current_task(tmp_path: Path):
     loaded = load(tmp_path, base=tiny("bert"))
     assert_is_sum(loaded, base, TASKS, head=CURRENT)
     chains.assert_frozen(loaded, HISTORY)
-    expected = chains.summed(base, model, ["amazon"], head="amazon")
-    with warnings.catch_warnings(), (alone := copy.deepcopy(model)).base_model.only("amazon"):
-        warnings.simplefilter("error", UserWarning)
-        chains.assert_merged(alone.merge_and_unload(), expected)
     expected = chains.summed(base, model, HISTORY, head="amazon")
     with pytest.warns(UserWarning, match="heads are not summed"):
         chains.assert_merged(model.merge_and_unload(adapter_names=["amazon"]), expected)
@@ -213,8 +209,7 @@ def test_a_task_may_be_loaded_before_its_history(tmp_path: Path):
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"'default' was trained on top of \['dbpedia', 'amazon'\]"):
         loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / CURRENT).eval()  # called "default"
-    calls = (lambda: logits(loaded), loaded.merge_and_unload, loaded.base_model.orthogonality_penalty)
-    for call in calls:
+    for call in (lambda: logits(loaded), loaded.merge_and_unload, loaded.base_model.orthogonality_penalty):
         with pytest.raises(MissingHistoryError, match="'dbpedia', 'amazon'.*load_chain"):
             call()
     with loaded.base_model.only("default"):
@@ -226,16 +221,15 @@ def test_a_task_may_be_loaded_before_its_history(tmp_path: Path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def change_weights(folder: Path) -> None:
-    chains.edit_weights(folder, lambda tensors: tensors[min(n for n in tensors if "lora_B" in n)][0, 0].add_(0.01))
-
-
-@pytest.mark.parametrize("change", [change_weights, partial(chains.edit_config, lora_alpha=4)])
+@pytest.mark.parametrize("change", ["weights", "scale"])
 @pytest.mark.parametrize("order", [TASKS[:2], TASKS[1::-1]], ids=["history first", "task first"])
-def test_a_history_with_other_weights_or_another_scale_is_refused(change: Any, order: Any, tmp_path: Path):
+def test_a_history_with_other_weights_or_another_scale_is_refused(change: str, order: Any, tmp_path: Path):
     _, model = chain("llama", TASKS[:2])
+    if change == "weights":
+        model.get_parameter(min(chains.parameters_of(model, "dbpedia")))[0, 0].data.add_(0.01)
     model.save_pretrained(tmp_path)
-    change(tmp_path / "dbpedia")
+    if change == "scale":
+        chains.edit_config(tmp_path / "dbpedia", lora_alpha=4)
     loaded = load(tmp_path, order[:1])
     for low in (False, True):
         with pytest.raises(ValueError, match="dbpedia"):
@@ -248,11 +242,18 @@ def test_a_history_with_other_weights_or_another_scale_is_refused(change: Any, o
 
 @pytest.mark.parametrize("order", [TASKS, TASKS[::-1]], ids=["oldest first", "newest first"])
 def test_the_dtype_in_which_a_history_is_loaded_does_not_matter(order: tuple[str, ...], tmp_path: Path):
-    base, model = chain("llama", base=tiny("llama").bfloat16())
+    """PEFT's cast to float32 makes new parameters of an embedding's matrices, and those must not train."""
+    base, model = chain("llama", base=tiny("llama").bfloat16(), target_modules=["q_proj", "embed_tokens"])
     for dtype in (torch.float32, torch.bfloat16):
+        settings: dict[str, Any] = {"autocast_adapter_dtype": dtype == torch.float32}
         model.save_pretrained(tmp_path)
-        model = load(tmp_path, order, base=copy.deepcopy(base), autocast_adapter_dtype=dtype == torch.float32)
-        assert {value.dtype for name, value in model.named_parameters() if "lora_" in name} == {dtype}
+        model = load(tmp_path, order, base=copy.deepcopy(base), **settings)
+        again = copy.deepcopy(model)  # PEFT rounds what it reads over an adapter with low_cpu_mem_usage
+        for low in (False, True):
+            again.load_adapter(tmp_path / "dbpedia", adapter_name="dbpedia", low_cpu_mem_usage=low, **settings)
+            chains.assert_frozen(again, HISTORY)
+        for each in (model, again):
+            assert {value.dtype for name, value in each.named_parameters() if "lora_" in name} == {dtype}
 
 
 def test_hashes_are_of_float32_values_and_the_scale():

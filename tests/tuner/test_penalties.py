@@ -21,17 +21,17 @@ from tests.tuner.chains import CURRENT, HISTORY, TASKS, add, assert_close, chain
 FORMS: dict[str, Callable[..., torch.Tensor]] = {"squared": squared, "l1": l1}
 
 
-def equation_7(new: torch.Tensor, history: Sequence[torch.Tensor], psi: Sequence[float], form: str) -> float:
-    """One module's sum_t sum_jk (psi_t (A_t^T A_T)[j,k])^2 in nested loops, in Python's float64.
+def equation_7(new: torch.Tensor, history: Sequence[torch.Tensor], psi: Sequence[float], form: str) -> torch.Tensor:
+    """One module's sum_t sum_jk (psi_t (A_t^T A_T)[j,k])^2 in nested loops, in float64.
 
     The paper's A is in x r: column j of A_t is row j here.
     """
-    total = 0.0
+    total, new = torch.zeros((), dtype=torch.float64), new.double()
     for coefficient, old in zip(psi, history, strict=True):
-        for column in old.tolist():
-            for other in new.tolist():
-                value = coefficient * sum(a * b for a, b in zip(column, other, strict=True))
-                total += value * value if form == "squared" else abs(value)
+        for column in old.double():
+            for other in new:
+                value = coefficient * (column * other).sum()
+                total = total + (value * value if form == "squared" else abs(value))
     return total
 
 
@@ -48,7 +48,7 @@ def test_one_module_is_equation_7(seed: int, ranks: list[int], form: str):
     history = [torch.randn(rank, new.shape[1]) for rank in ranks]
     found = FORMS[form](low_ranks([new])[0], low_ranks(history), psi)
     expected = equation_7(new, history, psi.tolist(), form)
-    assert found.shape == () and found.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert found.shape == () and found.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
 
 
 def test_psi_1_and_l1_is_the_published_loss_of_o_lora():
@@ -61,8 +61,7 @@ def test_psi_1_and_l1_is_the_published_loss_of_o_lora():
         for other, trained in new.items():
             if name.split(".loranew_A_old")[0] == other:
                 published = published + torch.abs(torch.mm(rows, trained.T)).sum()
-        trained = new[name.split(".loranew_A_old")[0]]
-        found = found + l1(low_ranks([trained])[0], low_ranks([rows[:3], rows[3:]]), torch.ones(2))
+                found = found + l1(low_ranks([trained])[0], low_ranks([rows[:3], rows[3:]]), torch.ones(2))
     torch.testing.assert_close(found, published)
     ours, theirs = (torch.autograd.grad(loss, list(new.values())) for loss in (found, published))
     torch.testing.assert_close(ours, theirs)
@@ -77,55 +76,41 @@ def rows_of(layer: Any, task: str) -> torch.Tensor | None:
     return layer.lora_A[task].weight.flatten(1) if task in layer.lora_A else None
 
 
-def by_loops(model: Any, psi: Psi = lambda *_: 1.0, form: str = "squared", task: str = CURRENT) -> Any:
+def by_loops(model: Any, psi: Psi = lambda *_: 1.0, form: str = "squared", task: str = CURRENT) -> torch.Tensor:
     """Eq. 7 over the modules of the model; `psi(t, module)` is the coefficient of earlier task t there."""
-    total, history = 0.0, TASKS[: TASKS.index(task)]
+    total, history = torch.zeros((), dtype=torch.float64), TASKS[: TASKS.index(task)]
     for name, layer in model.base_model.lora_layers().items():
         old = {t: rows for t, other in enumerate(history) if (rows := rows_of(layer, other)) is not None}
         if (new := rows_of(layer, task)) is not None:
-            total += equation_7(new, list(old.values()), [psi(t, name) for t in old], form)
-    return pytest.approx(total, rel=1e-4)
+            total = total + equation_7(new, list(old.values()), [psi(t, name) for t in old], form)
+    return total
 
 
-def gradients_in_float64(model: Any, psi: Psi, form: str) -> dict[str, torch.Tensor]:
-    """The gradient of A by parameter name: autograd in float64, one product of two tasks' rows after the other."""
-    found = {}
-    for name, layer in model.base_model.lora_layers().items():
-        old = [(t, rows) for t, task in enumerate(HISTORY) if (rows := rows_of(layer, task)) is not None]
-        if old and (rows := rows_of(layer, CURRENT)) is not None:
-            new = rows.detach().double().requires_grad_()
-            products = [psi(t, name) * (each.detach().double() @ new.T) for t, each in old]
-            sum((each.square() if form == "squared" else each.abs()).sum() for each in products).backward()
-            found[f"base_model.model.{name}.lora_A.{CURRENT}.weight"] = new.grad
+def assert_penalty(model: Any, expected: torch.Tensor) -> torch.Tensor:
+    """The model's penalty is this; returns it."""
+    found = model.base_model.orthogonality_penalty()
+    assert found.dtype == torch.float32 and found.shape == ()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     return found
-
-
-def mixed_chain(seed: int, form: str) -> Any:
-    """Ranks and target modules that differ; one module of the current task has no history."""
-    more = {"r": 1, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 4}}
-    last = {"target_modules": ["v_proj", "q_proj", "o_proj", "down_proj"], "use_rslora": True, "penalty": form}
-    _, model = chain("llama", TASKS[:1], seed=seed, r=3, target_modules=["q_proj", "down_proj"])
-    add(model, "amazon", config_for(**more), seed + 1)
-    add(model, CURRENT, config_for(**last), seed + 2)
-    return model
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
 def test_value_and_gradient_are_those_of_the_equation(form: str, precision: str, fresh_seed: int):
-    """In float32 under autocast and with half-precision matrices as well."""
-    model, values = mixed_chain(fresh_seed, form), {"dbpedia": 0.25, "amazon": -1.5}
+    """With ranks and target modules that differ; one module of the current task has no history."""
+    more = {"r": 1, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 4}}
+    last = {"target_modules": ["v_proj", "q_proj", "o_proj", "down_proj"], "use_rslora": True, "penalty": form}
+    _, model = chain("llama", TASKS[:1], seed=fresh_seed, r=3, target_modules=["q_proj", "down_proj"])
+    add(model, "amazon", config_for(**more), fresh_seed + 1)
+    add(model, CURRENT, config_for(**last), fresh_seed + 2)
     model = model.bfloat16() if precision == "bfloat16" else model
-
-    def psi(t: int, module: str) -> float:
-        return values[HISTORY[t]]
-
+    values = {"dbpedia": 0.25, "amazon": -1.5}
     model.base_model.set_soft_coefficients(values)
     for _ in range(2):  # the second time from what the first one prepared
+        equation = by_loops(model, lambda t, _: values[HISTORY[t]], form)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
-            found = model.base_model.orthogonality_penalty()
-        assert found.dtype == torch.float32 and found.shape == () and found.item() == by_loops(model, psi, form)
-        expected, grads = gradients_in_float64(model, psi, form), gradients(model, 3.5 * found)
+            found = assert_penalty(model, equation)
+        expected, grads = gradients(model, equation), gradients(model, 3.5 * found)
         assert {name for name, grad in grads.items() if grad.any()} == set(expected)
         # |x| has a kink: a product that is 0 to rounding may take either side
         tolerance = 1e-4 if (form, precision) == ("squared", "float32") else 0.05
@@ -151,24 +136,22 @@ TARGETS = {"llama": ["embed_tokens", "q_proj", "lm_head"], "t5": ["q", "v"], "gp
 def test_every_architecture_and_one_psi_a_layer(kind: str, form: str, fresh_seed: int):
     base = tiny(kind, tie_word_embeddings=False) if kind == "llama" else None
     _, model = chain(kind, base=base, seed=fresh_seed, target_modules=TARGETS[kind], penalty=form)
-    assert model.base_model.orthogonality_penalty().item() == by_loops(model, form=form)
+    assert_penalty(model, by_loops(model, form=form))
     if kind in NEURONS:
         config, count = model.peft_config[CURRENT], len(NEURONS[kind])
         config.attribution_layout = [[name, 24 * i, 24 * (i + 1)] for i, name in enumerate(NEURONS[kind])]
         psi = {"dbpedia": torch.rand(count), "amazon": [0.5 * i for i in range(count)]}
         model.base_model.set_soft_coefficients(psi)
-        expected = by_loops(model, lambda t, module: float(psi[HISTORY[t]][layer_of(module)]), form)
-        assert model.base_model.orthogonality_penalty().item() == expected
+        assert_penalty(model, by_loops(model, lambda t, module: float(psi[HISTORY[t]][layer_of(module)]), form))
         assert model.base_model.soft_coefficients["amazon"] == psi["amazon"] == config.soft_coefficients["amazon"]
 
 
 def test_it_follows_the_active_task():
     _, model = chain("llama")
     with torch.no_grad(), model.base_model.through("amazon"):
-        assert model.base_model.orthogonality_penalty().item() == by_loops(model, task="amazon")
+        assert_penalty(model, by_loops(model, task="amazon"))
     model.set_adapter("amazon")  # active and frozen
-    found = model.base_model.orthogonality_penalty()
-    assert not found.requires_grad and found.item() == by_loops(model, task="amazon")
+    assert not assert_penalty(model, by_loops(model, task="amazon")).requires_grad
     model.set_adapter("dbpedia")
     assert model.base_model.orthogonality_penalty().item() == 0
 

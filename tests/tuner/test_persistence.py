@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,31 +103,27 @@ def test_reloading_weights_over_an_adapter_takes_their_vector(saved: tuple[Any, 
     assert CURRENT not in model.base_model.attribution
 
 
-def spoil(value: float) -> Callable[[Path], None]:
-    return lambda folder: edit_weights(folder, lambda tensors: tensors[sorted(tensors)[3]].view(-1)[:1].fill_(value))
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[sorted(tensors)[3]].view(-1)[0] = float("nan")
 
 
-def reshape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[min(name for name in tensors if "lora_A" in name)] = torch.zeros(5, 7)
+def first_of(tensors: dict[str, torch.Tensor], part: str) -> str:
+    return min(name for name in tensors if part in name)
 
 
 def move(tensors: dict[str, torch.Tensor]) -> None:
-    name = min(name for name in tensors if "layers.2" in name)
+    name = first_of(tensors, "layers.2")
     tensors[name.replace("layers.2", "layers.7")] = tensors[name].clone()
 
 
-def drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[min(name for name in tensors if "layers.1" in name)]
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "NaN": (spoil(float("nan")), "NaN or Inf"),
-    "shape": (lambda path: edit_weights(path, reshape), r"shape \(5, 7\)"),
-    "rank": (lambda path: edit_config(path, r=5), "does not fit this model"),
-    "more layers": (lambda path: edit_weights(path, move), "layers.7"),
-    "fewer layers": (lambda path: edit_weights(path, drop), "no weights for 1 of"),
-    "dora": (lambda path: edit_config(path, use_dora=True), "'amazon'.*use_dora"),
-    "cycle": (lambda path: edit_config(path, history=["amazon"]), "amazon"),
+DAMAGES: dict[str, tuple[Any, str]] = {  # of the weights, or of the config
+    "NaN": (spoil, "NaN or Inf"),
+    "shape": (lambda tensors: tensors.update({first_of(tensors, "lora_A"): torch.zeros(5, 7)}), r"shape \(5, 7\)"),
+    "rank": ({"r": 5}, "does not fit this model"),
+    "more layers": (move, "layers.7"),
+    "fewer layers": (lambda tensors: tensors.pop(first_of(tensors, "layers.1")), "no weights for 1 of"),
+    "dora": ({"use_dora": True}, "'amazon'.*use_dora"),
+    "cycle": ({"history": ["amazon"]}, "amazon"),
 }
 
 
@@ -137,7 +132,10 @@ def test_a_damaged_adapter_is_an_error_and_the_model_is_as_before(damage: str, t
     change, message = DAMAGES[damage]
     _, model = chain("llama", TASKS[:2])
     model.save_pretrained(tmp_path)
-    change(tmp_path / "amazon")
+    if isinstance(change, dict):
+        edit_config(tmp_path / "amazon", **change)
+    else:
+        edit_weights(tmp_path / "amazon", change)
     loaded = load(tmp_path, TASKS[:1])
     for low in (False, True):
         loaded.set_adapter("dbpedia")
@@ -156,7 +154,7 @@ def test_failed_loads_over_adapters_leave_them_there(tmp_path: Path):
     model.save_pretrained(tmp_path)
     before = state_of(model)
     for task in (CURRENT, "dbpedia"):
-        spoil(float("nan"))(tmp_path / task)
+        edit_weights(tmp_path / task, spoil)
         with pytest.raises(ValueError, match="NaN or Inf"):
             model.load_adapter(tmp_path / task, adapter_name=task)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"

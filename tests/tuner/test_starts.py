@@ -68,13 +68,11 @@ def test_a_history_that_leaves_nothing_is_an_error():
     assert list(model.state_dict()) == before and list(model.peft_config) == ["dbpedia"]
 
 
-@pytest.mark.parametrize(
-    ("start", "dtype"), [(True, torch.float32), ("random", torch.bfloat16), ("inputs", torch.bfloat16)]
-)
-def test_the_penalty_starts_at_zero(start: bool | str, dtype: torch.dtype):
+@pytest.mark.parametrize("start", [True, "random", "inputs"])
+def test_the_penalty_starts_at_zero(start: bool | str):
     """A start that needs the inputs is at first as "random"."""
     assert needs_inputs(start) == (start == "inputs")
-    _, model = chain("llama", TASKS[:2], base=tiny("llama").to(dtype))
+    _, model = chain("llama", TASKS[:2], base=tiny("llama").to(torch.float32 if start is True else torch.bfloat16))
     model.add_adapter("agnews", config_for(project_init=start, r=3))
     model.set_adapter("agnews")
     assert model.base_model.orthogonality_penalty().item() < 1e-10
