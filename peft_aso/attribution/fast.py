@@ -320,11 +320,11 @@ class FastEngine:
     def scores(self, config: AttributionConfig, bar: Any = None) -> dict[str, LayerScores]:
         """Eq. 11 for all examples and layers, by name."""
         nodes, weights = nodes_and_weights(config)
-        recorded = len(nodes) > 1 and bool(nodes[-1] == 1)
+        recorded = bool(nodes[-1] == 1)
         nodes = nodes[: len(nodes) - recorded].expand(self.size, -1)
         scores = {}
         for layer in self.layers:
-            parts = self.gradients(layer, torch.arange(self.size), nodes)
+            parts = self.gradients(layer, torch.arange(self.size), nodes) if nodes.numel() else []
             samples = Samples.cat([*parts, self.unscaled[layer.name]] if recorded else parts)
             scores[layer.name] = integrate(partial(self.gradients, layer), samples, weights, config)
             if bar is not None:
@@ -388,8 +388,8 @@ def choose_setting(
 ) -> Setting | None:
     """The setting under which the fast engine is right for such a batch; or None, with a warning the first time.
 
-    It is found once for each model and situation, on two examples: one with the longest prefix, as one without reads
-    nothing from a cache, and one with padding on the left, if there is any.
+    It is found once for each model and situation, on the longest prefix, which is read from the cache, and on the
+    longest with padding on the left.
 
     Raises:
         FastPathUnsupported: the batch is not for the fast engine; with method "fast" also where the model is not.
@@ -400,8 +400,9 @@ def choose_setting(
     prefix = (_first(chosen) - padding) * causal
     situation = f"{batch.kind}, {stack}, padded left: {bool(padding.any())}, prefix: {bool((prefix > 0).any())}"
     if situation not in known:
-        rows = {int(prefix.argmax()), int(prefix.masked_fill(padding == 0, -1).argmax())}
-        part = batch.examples(torch.tensor(sorted(rows)))
+        lengths = [prefix, prefix.masked_fill(padding == 0, -1)][: 1 + bool(padding.any())]
+        longest = {int(each.argmax()) for each in lengths}
+        part = batch.examples(torch.tensor(sorted(longest)))
         known[situation] = found = self_check(model, part, layers, cached, config)
         if isinstance(found, str):
             warnings.warn(
@@ -420,7 +421,7 @@ def self_check(
 ) -> Setting | str:
     """The first setting with the reference's scores in the first, the middle and the last layer; or why none has."""
     layers = [layers[index] for index in sorted({0, len(layers) // 2, len(layers) - 1})]
-    config = _only(layers, replace(config, steps=3, quadrature="riemann"))
+    config = _only(layers, replace(config, steps=2, quadrature="riemann"))
     reference = integrated_gradients(model, {**batch.inputs, "labels": batch.labels}, config)
     dtype, device = getattr(model, "dtype", torch.float32), batch.targets.device.type
     half = torch.finfo(dtype).bits < 32 or torch.is_autocast_enabled(device)

@@ -29,10 +29,10 @@ def test_scores_are_captums_on_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks import load_model
 
     model, tokenizer = load_model("smollm2")
-    model.eval()
+    model.double().eval()  # in float32 the softmax over 49,152 tokens rounds P by up to 5e-5, in every engine
     for side in ("right", "left"):
         batch = batch_of(tokenizer, side)
         assert sorted((batch["labels"] != -100).sum(1).tolist()) == [1, 5]
-        ours = run(model, batch, "fast", steps=20)
+        ours = run(model, batch, "fast", steps=5)
         assert ours.scores.shape == (2, 30 * 1536)
-        assert largest_gap(ours.scores, captum_scores(model, batch, steps=20)) <= 1e-5
+        assert largest_gap(ours.scores, captum_scores(model, batch, steps=5)) <= 1e-5
