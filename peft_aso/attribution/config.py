@@ -82,7 +82,7 @@ class AttributionConfig:
         "'current' (the earlier tasks' models run on the new task's data, Eq. 13) or 'stored' (the attribution "
         "vectors saved with the earlier adapters are compared).",
     )
-    clip: bool = setting(False, "Clip psi to [0, 1]. Off: Eq. 6 as it stands, a negative w makes psi larger than 1.")
+    clip: bool = setting(False, "Clip psi to [0, 1]. Off: Eq. 6 unchanged, a negative w makes psi larger than 1.")
     refresh: float = setting(
         0.1,
         "When the current task's vector is computed again: a fraction of the run if below 1, else a number of "

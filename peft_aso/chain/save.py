@@ -1,6 +1,6 @@
 """Save a chain of tasks into a folder, and take a task out of a chain.
 
-`chain.json` is the commit record: a task that is new or has changed is written into a folder of its own, `chain.json`
+`chain.json` is the commit record: a task that is new or has changed is written into a new folder, `chain.json`
 is replaced in one step, and only then what it no longer names is removed. A killed process leaves the old chain or
 the new one, complete, and perhaps folders that `chain.json` does not name.
 """
@@ -200,7 +200,7 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
 
 
 def _write_adapter(model: Any, adapter: str, task: str, stage: Path) -> AdapterFile:
-    """Save one adapter as PEFT does, which has a folder of its own for all but one name."""
+    """Save one adapter with `save_pretrained`, into `stage / task` whatever the adapter's name."""
     scratch, target = stage / ".scratch", stage / task
     model.save_pretrained(str(scratch), selected_adapters=[adapter])
     (scratch if adapter == _PEFT_DEFAULT else scratch / adapter).rename(target)

@@ -65,7 +65,7 @@ def compute_attribution(
         model: any transformers model, or a PEFT model.
         batch: a collated batch with `labels` (-100 = not the answer), of any padding; moved to the model's device.
         adapter: the adapter of the task whose model is attributed: base + its history + the adapter. `None`: the model
-            as it stands.
+            with its active adapters.
         alone: base + that adapter only (Eq. 2). Needs `adapter`.
         steps, quadrature, neurons, stacks, max_rows, max_answer_tokens: see `AttributionConfig`.
         method: "auto" (the fast engine where the model allows it), "fast" or "reference".
@@ -104,7 +104,7 @@ def _task_model(model: nn.Module, adapter: str | None, alone: bool) -> Iterator[
         if adapter is not None:
             raise ValueError(
                 f"adapter={adapter!r} needs a model with ASO-LoRA adapters, and this is a {type(model).__name__}. "
-                "Leave adapter out to attribute the model as it stands."
+                "Leave adapter out to attribute the model with its active adapters."
             )
         yield
         return

@@ -166,7 +166,7 @@ class ASOTrainerMixin:
             examples = choose_probe(loader, INPUT_EXAMPLES, probe_seed(settings))
             initialize_from_inputs(self.model, examples, progress=not settings.disable_tqdm)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # there it may hold weights of its own
+        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # there the optimizer may hold other tensors
         if self.accelerator.distributed_type not in sharded:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if held.isdisjoint(id(parameter) for parameter in tuner.parameters() if parameter.requires_grad):
