@@ -401,8 +401,7 @@ def choose_setting(
     situation = f"{batch.kind}, {stack}, padded left: {bool(padding.any())}, prefix: {bool((prefix > 0).any())}"
     if situation not in known:
         lengths = [prefix, prefix.masked_fill(padding == 0, -1)][: 1 + bool(padding.any())]
-        longest = {int(each.argmax()) for each in lengths}
-        part = batch.examples(torch.tensor(sorted(longest)))
+        part = batch.examples(torch.tensor(sorted({int(each.argmax()) for each in lengths})))
         known[situation] = found = self_check(model, part, layers, cached, config)
         if isinstance(found, str):
             warnings.warn(

@@ -22,7 +22,7 @@ from ..tuner import ASOLoraModel
 from .coefficients import Coefficients, attribution_of, require_tuner, store_attribution, update_coefficients
 
 # examples in a batch of the probe; attribution splits it further by memory
-BATCH = 8
+BATCH = 16
 
 
 class NoAnswersError(ValueError):
