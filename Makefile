@@ -41,7 +41,7 @@ test: lint ## ruff, mypy and the fast tests; PYTEST_ARGS="-k name" narrows them
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q $(PYTEST_ARGS)
 
 docs: env ## the documentation site, into site/ (`make test` builds it, too)
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 test-slow: env ## the slow tests only (they load SmolLM2)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)

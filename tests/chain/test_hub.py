@@ -210,5 +210,5 @@ def test_the_code_in_the_guide_runs(hub: Hub, tmp_path: Path) -> None:
         exec(compile(block, f"docs/hub.md, block {number + 1}", "exec"), names)
         if number == 1:
             same_logits(names["model"], model)
-    assert len(blocks) == 6 and list(names["model"].peft_config) == ["plain"]
+    assert len(blocks) == 5 and list(names["model"].peft_config) == ["plain"]
     assert set(hub.repos) == {"you/support", "friend/more", "friend/more-urgency", "friend/plain-lora"}
