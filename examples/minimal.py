@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tasks import load_model  # model and tokenizer by from_pretrained; "smollm2" is read from an installed package
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from peft_aso import ASOLoraConfig, ASOTrainer, export_lora, load_chain
+from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, export_lora, load_chain
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2", help="folder or Hub id of a causal model, or smollm2")
@@ -28,15 +28,20 @@ def tokenized(example):
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 
+def config():
+    attribution = AttributionConfig(refresh=0.5)  # psi is computed twice; the default is ten times
+    return ASOLoraConfig(r=8, lora_alpha=32, task_type="CAUSAL_LM", attribution=attribution)
+
+
 def train(task):
     args = TrainingArguments(options.out / "run", num_train_epochs=2, learning_rate=1e-3, save_strategy="no")
     data, collator = [tokenized(example) for example in read(task, "train")], DataCollatorForSeq2Seq(tokenizer)
     ASOTrainer(model=model, args=args, train_dataset=data, data_collator=collator).train()
 
 
-model = get_peft_model(base, ASOLoraConfig(r=8, lora_alpha=32, task_type="CAUSAL_LM"), adapter_name="mood")
+model = get_peft_model(base, config(), adapter_name="mood")
 train("mood")
-model.add_adapter("topic", ASOLoraConfig(r=8, lora_alpha=32, task_type="CAUSAL_LM"))
+model.add_adapter("topic", config())
 model.set_adapter("topic")  # trains; "mood" is its history: active and frozen
 train("topic")
 print("psi of each earlier task:", model.base_model.soft_coefficients)

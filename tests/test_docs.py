@@ -122,7 +122,7 @@ def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(weight, mood[name]) for name, weight in weights(model, "mood").items())
     assert not any(torch.equal(weight, topic[name]) for name, weight in changed.items())
     w = model.peft_config["topic"].similarities
-    assert model.base_model.soft_coefficients == {"mood": pytest.approx(1 - w["mood"])} and w["mood"] < 0.999
+    assert model.base_model.soft_coefficients == {"mood": pytest.approx(1 - w["mood"], abs=1e-6)} and w["mood"] < 0.999
     torch.testing.assert_close(names["after_mood"], names["mood_alone"])  # the first task has no history
     assert list(names["model"].peft_config) == ["mood", "topic", "stock"]
     assert names["model"].base_model.current_task == "topic"
