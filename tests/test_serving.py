@@ -31,7 +31,7 @@ def test_the_code_in_the_guide_runs(model: Any, tmp_path: Path, monkeypatch: pyt
         exec(compile(code, "docs/serving.md", "exec"), names)
     expected = logits(model)
     exact = AutoModelForCausalLM.from_pretrained(export_merged(model, "exact"))
-    for way in (names["served"], names["plain"], exact):
+    for way in (names["served"], names["loaded"], exact):
         torch.testing.assert_close(logits(way), expected, atol=1e-4, rtol=1e-4)
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto").state_dict()
     assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in exact.state_dict().items())

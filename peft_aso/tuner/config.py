@@ -43,7 +43,7 @@ def _attribution_config(value: object) -> AttributionConfig:
 
 @dataclass
 class ASOLoraConfig(LoraConfig):
-    """Configuration of one task's adapter: everything that [`~peft.LoraConfig`] takes, and the fields below.
+    """Configuration of one task's adapter: everything that `LoraConfig` takes, and the fields below.
 
     Raises:
         ValueError: a value outside of what a field's help lists, settings that contradict each other, or what

@@ -59,7 +59,7 @@ class ASOLoraModel(LoraModel):
     """A base model with one LoRA adapter a task; each task runs on top of its frozen history.
 
     Made by `get_peft_model(model, ASOLoraConfig(...))`, where it is `model.base_model`. Everything that
-    [`~peft.LoraModel`] does works.
+    `LoraModel` does works.
 
     Attributes:
         tasks (`TaskHistory`): which adapters are the history of which.

@@ -202,7 +202,7 @@ def test_a_task_is_updated_to_a_new_revision(hub: Hub) -> None:
 
 def test_the_code_in_the_guide_runs(hub: Hub, tmp_path: Path) -> None:
     stock_adapter(tmp_path)
-    hub.put("friend/plain-lora", {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()})
+    hub.put("friend/stock-lora", {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()})
     blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "hub.md").read_text(), re.S)
     model = make_chain(tasks={"mood": {}, "topic": {}})
     names = {"model": model, "base": tiny("llama"), "fresh": lambda: tiny("llama")}
@@ -210,5 +210,5 @@ def test_the_code_in_the_guide_runs(hub: Hub, tmp_path: Path) -> None:
         exec(compile(block, f"docs/hub.md, block {number + 1}", "exec"), names)
         if number == 1:
             same_logits(names["model"], model)
-    assert len(blocks) == 6 and list(names["model"].peft_config) == ["plain"]
-    assert set(hub.repos) == {"you/support", "friend/more", "friend/more-urgency", "friend/plain-lora"}
+    assert len(blocks) == 5 and list(names["model"].peft_config) == ["stock"]
+    assert set(hub.repos) == {"you/support", "friend/more", "friend/more-urgency", "friend/stock-lora"}
