@@ -94,7 +94,12 @@ def growth(bench: Bench, line: str) -> list[Record]:
         model, tokens = bench.model, x
         if line == "layers":
             settings = {**model.config.to_dict(), "num_hidden_layers": x, "layer_types": None}
-            model = type(model)(AutoConfig.for_model(**settings)).to(model.device, model.dtype).eval()
+            model = (
+                type(model)(AutoConfig.for_model(**settings))
+                .to(model.device, model.dtype)
+                .eval()
+                .requires_grad_(False)
+            )
             tokens = options.prompt
         batch, run = bench.prompts(tokens, [1] * options.examples), partial(compute_attribution, model)
         times = in_turn(partial(run, batch, steps=options.steps), repeats=options.repeats)
@@ -115,11 +120,9 @@ def prompts_of(bench: Bench, task: str, count: int) -> list[Batch]:
     """The first `count` training examples of a task in `--data`, in batches of 8; with --quick random ones."""
     if bench.options.quick:
         return [bench.prompts(bench.options.prompt, [1] * count, seed=ord(task[-1]))]
-    rows, collate = (
-        read_task(bench.options.data / task, train_limit=count).train,
-        DataCollatorForSeq2Seq(bench.tokenizer),
-    )
-    examples = list(AnswerDataset(rows, bench.tokenizer, seq2seq=False))  # type: ignore[call-overload]
+    rows, tokenizer = read_task(bench.options.data / task, train_limit=count).train, bench.tokenizer
+    examples = list(AnswerDataset(rows, tokenizer, seq2seq=False))  # type: ignore[call-overload]
+    collate = DataCollatorForSeq2Seq(tokenizer)
     batches = [collate(examples[start : start + 8]) for start in range(0, len(examples), 8)]
     return [{name: value.to(bench.model.device) for name, value in batch.items()} for batch in batches]
 
@@ -152,8 +155,7 @@ def quadrature(bench: Bench) -> list[Record]:
     limit = next(row["error"] for row in rows if (row["rule"], row["m"]) == ("riemann", 20))
     enough = [row["nodes"] for row in rows if row["rule"] == "adaptive" and row["error"] <= limit]
     more: Any = {"bound": "at least", "target": 4, "unit": "nodes", "notes": {"errors": rows}}
-    what = "nodes with the error of the peer"
-    return [bench.record("quadrature", what, "20 Riemann steps", enough[:1], [20.0], **more)]
+    return [bench.record("quadrature", "adaptive, same error", "20 Riemann steps", enough[:1], [20.0], **more)]
 
 
 def quadrature_time(bench: Bench) -> list[Record]:

@@ -79,8 +79,7 @@ class Bench:
         elif path.exists():
             return path
         targets, shapes = self._targets
-        settings: dict[str, Any] = {"r": rank, "lora_alpha": 4 * rank, "target_modules": targets}
-        settings["task_type"] = "CAUSAL_LM"
+        settings = {"r": rank, "lora_alpha": 4 * rank, "target_modules": targets, "task_type": "CAUSAL_LM"}
         if not stock:
             settings |= {"task_name": task_name(index), "history": [task_name(old) for old in range(index)]} | changes
         (LoraConfig if stock else ASOLoraConfig)(**settings).save_pretrained(str(path))
@@ -151,8 +150,3 @@ class Bench:
 def logits(model: Any, batch: Batch) -> torch.Tensor:
     """In eval mode, without dropout; the model stays in it."""
     return model.eval()(**batch).logits
-
-
-def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
-    """All adapters' matrices by name."""
-    return {name: value.detach() for name, value in model.named_parameters() if "lora_" in name}

@@ -121,13 +121,13 @@ def main(arguments: Sequence[str]) -> int:
                 except Exception as error:  # the other lines still run
                     traceback.print_exc()
                     failures.append(f"{name} [{bench.label}] failed: {error!r}")
-                    continue
+                    records = []
                 for record in records:
                     print(record, flush=True)
-                    if not record.same:
+                    if not all(check.same for check in record.sameness):
                         failures.append(f"{record.line} [{bench.label}]: the two sides do not compute the same")
                 write(options.out, records, command)
-    found = read(options.out) if options.out.exists() else []
+    found = read(options.out)
     print(table(found))
     if any(record.x is not None for record in found):
         growth_figure(found, options.out.with_suffix(".png"))

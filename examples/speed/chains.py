@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from peft_aso import load_chain, save_chain
 from peft_aso.attribution import similarity_matrix
 
-from .bench import Bench, adapter_weights, logits, task_name
+from .bench import Bench, logits, task_name
 from .records import Record, Sameness, in_turn, relative, seconds
 
 
@@ -33,7 +33,8 @@ def load(bench: Bench) -> list[Record]:
         times[0].append(seconds(ours))
         times[1].append(seconds(stock))
     found["stock"].base_model.set_adapter([task_name(index) for index in range(tasks)])
-    mine, theirs = adapter_weights(found["ours"]), adapter_weights(found["stock"])
+    sides = (found["ours"].named_parameters(), found["stock"].named_parameters())
+    mine, theirs = ({name: value for name, value in side if "lora_" in name} for side in sides)
     checks = [
         Sameness("matrices that only one side has", len(set(mine) ^ set(theirs)), 0.0),
         Sameness("matrices, against the largest", max(relative(mine[name], theirs[name]) for name in mine), 0.0),

@@ -1,7 +1,8 @@
-"""Times of two sides in turn, the check that both compute the same, and the table and figure of docs/performance.md.
+"""Times of two sides in turn, the check that both compute the same, and the table and figure of docs/performance.md:
 
-python examples/speed/records.py docs/results/speed.json                          # the table
-python examples/speed/records.py docs/results/speed.json docs/images/growth.png   # and the figure
+    python examples/speed/records.py docs/results/speed.json docs/images/growth.png
+
+It prints the table; the figure is drawn if a file for it is named.
 """
 
 from __future__ import annotations
@@ -21,10 +22,7 @@ from typing import Any
 
 import torch
 
-
-def synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -94,10 +92,6 @@ class Record:
     machine: str = ""
 
     @property
-    def same(self) -> bool:
-        return all(check.same for check in self.sameness)
-
-    @property
     def ratio(self) -> float | None:
         """The median of each pair's ratio, so that a machine whose speed drifts harms less; where the sides did not
         run equally often, median against median. None where a side has no values."""
@@ -115,7 +109,7 @@ class Record:
             return ""
         ratio = float("nan") if self.ratio is None else self.ratio
         met = ratio <= self.target if self.bound == "at most" else ratio >= self.target
-        return "pass" if met and self.same else "falls short"
+        return "pass" if met and all(check.same for check in self.sameness) else "falls short"
 
 
 def machine() -> str:
@@ -167,16 +161,12 @@ def table(records: Sequence[Record]) -> str:
         options = re.sub(r"^\S+ \S+| --(model|only|out) \S+", "", each.command).strip()
         ratio = "" if each.ratio is None else f"{each.ratio:.3g}"
         target = "" if each.target is None else f"{each.bound} {each.target:g}"
-        ours, theirs = (
-            f"{each.what}: {shown(each.ours, each.unit)}",
-            f"{each.against}: {shown(each.theirs, each.unit)}",
-        )
-        on = "ABCDEFGH"[machines.index(each.machine)]
-        rows.append((f"`{each.line}`", each.model, ours, theirs.strip(": "), ratio, target, each.verdict, options, on))
+        sides = ((each.what, each.ours), (each.against, each.theirs))
+        cells = [f"{words}: {shown(values, each.unit)}".strip(": ") for words, values in sides]
+        on = chr(ord("A") + machines.index(each.machine))
+        rows.append((f"`{each.line}`", each.model, *cells, ratio, target, each.verdict, options, on))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(
-        [*lines, "", *(f"- {letter}: {name}" for letter, name in zip("ABCDEFGH", machines, strict=False))]
-    )
+    return "\n".join([*lines, "", *(f"- {chr(ord('A') + index)}: {name}" for index, name in enumerate(machines))])
 
 
 def growth_figure(records: Sequence[Record], path: Path) -> None:
@@ -193,8 +183,9 @@ def growth_figure(records: Sequence[Record], path: Path) -> None:
                 sizes = [each.x for each in points]
                 axes.plot(sizes, [statistics.median(each) for each in values], marker="o", label=label)
                 axes.fill_between(sizes, [min(each) for each in values], [max(each) for each in values], alpha=0.2)
-        axes.set(xlabel=line.removeprefix("growth."), ylabel="seconds", title=points[0].what.split(",")[0])
-        axes.set_ylim(bottom=0)
+        axes.set(
+            xlabel=line.removeprefix("growth."), ylabel="seconds", title=points[0].what.split(",")[0], ylim=(0, None)
+        )
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)
 

@@ -89,9 +89,8 @@ def growth_rank(bench: Bench) -> list[Record]:
     records, tasks = [], bench.options.few_tasks
     for rank in bench.options.growth_rank:
         times = step_times(bench, bench.chain(tasks, rank=rank), bench.chain(2, rank=rank))
-        records.append(
-            bench.record("growth.rank", f"training step, T = {tasks}, rank {rank}", "T = 2", *times, x=rank)
-        )
+        what = f"training step, T = {tasks}, rank {rank}"
+        records.append(bench.record("growth.rank", what, "T = 2", *times, x=rank))
     return records
 
 
@@ -130,9 +129,8 @@ def _checked_penalty(bench: Bench, tasks: int, power: int) -> tuple[Any, Callabl
     for run in (ours, with_gradient(model, loop(model, tasks, power, torch.float64))):
         value = run()
         found.append((value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
-    (value, gradient), (other_value, other_gradient) = found
-    checks = [bench.same(value, other_value, "value, against a loop in float64", 1e-5)]
-    return model, ours, [*checks, bench.same(gradient, other_gradient, "gradient, likewise", 1e-5)]
+    names = ("value, against a loop in float64", "gradient, likewise")
+    return model, ours, [bench.same(*pair, 1e-5) for pair in zip(*found, names, strict=True)]
 
 
 def penalty_step(bench: Bench) -> list[Record]:
@@ -152,12 +150,10 @@ def penalty_loop(bench: Bench) -> list[Record]:
     tasks = bench.options.few_tasks
     model, ours, checks = _checked_penalty(bench, tasks, 1)
     theirs = with_gradient(model, loop(model, tasks, 1, torch.float32))
-    times, what = (
-        in_turn(ours, theirs, repeats=2 * bench.options.repeats),
-        f"penalty (l1) and its gradient, T = {tasks}",
-    )
+    times = in_turn(ours, theirs, repeats=2 * bench.options.repeats)
     more: Any = {"bound": "at least", "target": 20, "sameness": checks}
-    return [bench.record("penalty.loop", what, "a loop over modules and tasks", *times, **more)]
+    what, against = f"penalty (l1) and its gradient, T = {tasks}", "a loop over modules and tasks"
+    return [bench.record("penalty.loop", what, against, *times, **more)]
 
 
 def memory(bench: Bench) -> list[Record]:
@@ -169,8 +165,7 @@ def memory(bench: Bench) -> list[Record]:
                 into.append(process.submit(peak, bench.name, bench.options, bench.scratch, tasks).result())
     theirs, ours = ([float(bytes_ - history) for bytes_, history in each] for each in found.values())
     what = f"peak memory of training, T = {bench.options.tasks}, less the history's own bytes"
-    notes = {"the history's own bytes": found[bench.options.tasks][0][1]}
-    more: Any = {"target": 1.05, "unit": "bytes", "notes": notes}
+    more: Any = {"target": 1.05, "unit": "bytes", "notes": {"history, bytes": found[bench.options.tasks][0][1]}}
     return [bench.record("memory", what, "stock PEFT LoRA, no history", ours, theirs, **more)]
 
 
