@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
                 write(options.out, records, command)
     found = read(options.out)
     print(table(found))
-    if any(record.x is not None for record in found):
+    if any(name.startswith("growth.") for name in names):
         growth_figure(found, options.out.with_suffix(".png"))
     print("\n".join([*failures, f"Written to {options.out}"]))
     return 1 if failures else 0

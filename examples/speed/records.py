@@ -149,7 +149,7 @@ def shown(values: Sequence[float], unit: str) -> str:
         unit, values = "ms", [value * 1e3 for value in values]
     middle, least, most = (f"{value:.4g}" for value in (statistics.median(values), min(values), max(values)))
     spread = f"{least} to {most}, " if len(values) > 1 else ""
-    return f"{middle} {unit} ({spread}n={len(values)})"
+    return f"{middle} {unit}".rstrip() + f" ({spread}n={len(values)})"
 
 
 def table(records: Sequence[Record]) -> str:
