@@ -6,7 +6,7 @@
     python examples/speed/benchmark.py --quick                            # a tiny model: a check that all runs
 
 Both sides of a line run in this process, in turn, after a check that they compute the same; peak memory is taken in
-processes of its own. The JSON file is written after each line, and the other lines that it has stay.
+processes apart. The JSON file is written after each line, and the other lines that it has stay.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add, examples = parser.add_argument, Path(__file__).resolve().parents[1]
     add("--model", default="smollm2", help="smollm2, or folders or Hub ids of causal models; comma-separated")
-    add("--only", help="lines, comma-separated, whole or up to a dot: " + ", ".join(LINES))
+    add("--only", help="lines, comma-separated, in full or up to a dot: " + ", ".join(LINES))
     add("--growth", action="store_true", help="also the lines of growth")
     add("--quick", action="store_true", help="a tiny random model and small sizes: a check that all runs")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

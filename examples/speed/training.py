@@ -157,7 +157,7 @@ def penalty_loop(bench: Bench) -> list[Record]:
 
 
 def memory(bench: Bench) -> list[Record]:
-    """Peak memory of training at T = 100, less the history's own bytes, against plain LoRA; a process for each run."""
+    """Peak memory of training at T = 100, less the history's own bytes, against LoRA alone; a process for each run."""
     found: dict[int, list[tuple[int, int]]] = {1: [], bench.options.tasks: []}
     for _ in range(1 if bench.options.quick else 2):
         for tasks, into in found.items():
@@ -170,7 +170,7 @@ def memory(bench: Bench) -> list[Record]:
 
 
 def peak(name: str, options: argparse.Namespace, scratch: Path, tasks: int) -> tuple[int, int]:
-    """In its own process: the peak of three steps, and the frozen adapters, in bytes.
+    """In a process alone: the peak of three steps, and the frozen adapters, in bytes.
 
     The peak counts from before the first step: what loading takes for a moment is not training's. On the CPU it is
     the largest resident size, on Linux only.
