@@ -1,115 +1,152 @@
-"""What every line is given: the model, the sizes and where to write."""
+"""What every line is given: one model and its copies, random adapters as files, random batches."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field, fields, replace
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from tasks import load_model  # examples/tasks.py
 
-from .adapters import AdapterFolder
-from .models import Subject
+from peft_aso import ASOLoraConfig, load_chain
 
+from .records import Record, Sameness, relative
 
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is; the defaults are the table's."""
-
-    repeats: int = 5
-    batch: int = 8  # of a training step
-    tokens: int = 64
-    rank: int = 8
-    tasks: int = 100
-    loop_tasks: int = 15  # T of the O-LoRA loop and of the whole task
-    growth_tasks: tuple[int, ...] = (2, 15, 50, 100)
-    growth_ranks: tuple[int, ...] = (4, 8, 16, 32)
-    growth_tokens: tuple[int, ...] = (16, 64, 128, 256, 512)
-    growth_layers: tuple[int, ...] = (6, 12, 18, 24, 30)
-    examples: int = 8  # of an attribution
-    prompt: int = 128
-    encoder_tokens: int = 64
-    steps: int = 20
-    captum_layers: int | None = 5  # None: all
-    neurons: int = 352_256
-    vectors: int = 100
-    reference_steps: int = 512
-    riemann: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 20, 32, 64)
-    gauss: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 20)
-    adaptive: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)  # 1 / tolerance
-    path_points: int = 65
-    quadrature_examples: int = 4
-    task_examples: int = 500
-    task_tokens: int = 130
-    task_batch: int = 16
-    task_repeats: int = 1
-    probe: int = 16
-    probe_examples: int = 64  # of each task, for the size of a probe
-    peak: int = 3072  # side of the square matrices of the machine's peak
+Batch = dict[str, torch.Tensor]
+FIRST_ID = 3  # the ids below may be special tokens
+# The model of --quick: drawn wider than the library does, so that it tells its tokens apart.
+TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 512, "initializer_range": 0.2}
 
 
-QUICK = Sizes(
-    repeats=1, batch=2, tokens=16, tasks=4, loop_tasks=3, growth_tasks=(2, 3), growth_ranks=(2, 4),
-    growth_tokens=(8, 16), growth_layers=(1, 2), examples=4, prompt=12, encoder_tokens=12, captum_layers=2,
-    neurons=3000, vectors=8, reference_steps=40, riemann=(1, 20), gauss=(1, 3, 5), adaptive=(1, 20),
-    path_points=5, quadrature_examples=2, task_examples=12, task_tokens=14, task_batch=4, probe=2, probe_examples=4,
-    peak=256,
-)  # fmt: skip
+def task_name(index: int) -> str:
+    return f"task{index}"
 
 
-def sizes_from(options: Any) -> Sizes:
-    """The table's sizes (or the quick ones), with what the command line gives by name."""
-    given = {each.name: getattr(options, each.name, None) for each in fields(Sizes)}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if getattr(options, "captum_layers", None) == "all":
-        chosen["captum_layers"] = None
-    return replace(QUICK if options.quick else Sizes(), **chosen)
-
-
-@dataclass
 class Bench:
-    """One model's run.
+    """One model and the options.
+
+    Args:
+        name: "smollm2", or the folder or Hub id of a causal model; with --quick a tiny random Llama.
+        options: the command line, with the sizes (benchmark.py).
+        scratch: a folder for adapters.
 
     Attributes:
-        subject: the model.
-        sizes: how large everything is.
-        scratch: a folder for files that nobody needs afterwards.
-        out: the folder for pictures and tables.
-        options: the command line.
+        model: in eval mode, without gradients; lines change copies of it (`fresh`).
+        exact: whether it is in float32. In bfloat16 the two sides of a line round differently.
     """
 
-    subject: Subject
-    sizes: Sizes
-    scratch: Path
-    out: Path
-    options: Any
-    _adapters: dict[int, AdapterFolder] = field(default_factory=dict)
-    _started: float = field(default_factory=time.perf_counter)
+    def __init__(self, name: str, options: argparse.Namespace, scratch: Path) -> None:
+        self.name, self.options, self.scratch = name, options, scratch
+        if options.quick:
+            torch.manual_seed(0)
+            model, self.tokenizer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)), None
+        else:
+            model, self.tokenizer = load_model(name)
+        self.model = model.to(device=options.device, dtype=getattr(torch, options.dtype)).eval().requires_grad_(False)
+        self.exact = options.dtype == "float32"
+        self.label = ("tiny " if options.quick else "") + name + ("" if self.exact else f" {options.dtype}")
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return torch.device(self.subject.model.device)
+    def record(self, line: str, what: str, against: str, ours: Any, theirs: Any = (), **more: Any) -> Record:
+        return Record(line, self.label, what, against, list(ours), list(theirs), **more)
 
-    @property
-    def exact(self) -> bool:
-        """Whether the model is in float32: half types round differently on each way."""
-        return bool(self.subject.model.dtype == torch.float32)
+    def fresh(self) -> Any:
+        """A copy of the model."""
+        return copy.deepcopy(self.model)
 
-    @property
-    def logits_limit(self) -> float:
-        """How far two ways may be apart in the logits, as a part of the largest."""
-        return 1e-4 if self.exact else 5e-2
+    @cached_property
+    def _targets(self) -> tuple[Any, dict[str, torch.Size]]:
+        """The modules that PEFT targets by default, and the shapes of an adapter of rank 1."""
+        model = get_peft_model(self.fresh(), LoraConfig(r=1))
+        shapes = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
+        return model.peft_config["default"].target_modules, shapes
 
-    def adapters(self, rank: int | None = None) -> AdapterFolder:
-        """The random adapters of one rank."""
-        rank = rank or self.sizes.rank
-        if rank not in self._adapters:
-            name = f"{self.subject.name.replace('/', '_')}-{rank}"
-            self._adapters[rank] = AdapterFolder(self.scratch / name, self.subject, rank)
-        return self._adapters[rank]
+    def adapter(self, index: int, rank: int | None = None, stock: bool = False, **changes: Any) -> Path:
+        """The folder of random adapter `index`: on top of all before it (`changes`: fields of its `ASOLoraConfig`), or
+        stock LoRA with the same weights."""
+        rank = rank or self.options.rank
+        path = self.scratch / f"{'stock' if stock else 'aso'}-{rank}-{index}"
+        if changes:
+            path = Path(tempfile.mkdtemp(dir=self.scratch))
+        elif path.exists():
+            return path
+        targets, shapes = self._targets
+        settings = {"r": rank, "lora_alpha": 4 * rank, "target_modules": targets, "task_type": "CAUSAL_LM"}
+        if not stock:
+            settings |= {"task_name": task_name(index), "history": [task_name(old) for old in range(index)]} | changes
+        (LoraConfig if stock else ASOLoraConfig)(**settings).save_pretrained(str(path))
+        generator, weights = torch.Generator().manual_seed(index), {}
+        for key, (rows, columns) in shapes.items():
+            if "lora_A" in key:  # as PEFT starts it
+                weights[key] = torch.randn(rank, columns, generator=generator) * (3 * columns) ** -0.5
+            else:  # logits change, and 100 adapters leave a usable model
+                weights[key] = torch.randn(rows, rank, generator=generator) * 2e-3
+        save_file(weights, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        return path
 
-    def say(self, text: str) -> None:
-        """One line of progress."""
-        print(f"[{time.perf_counter() - self._started:7.1f} s] {self.subject.label}: {text}", flush=True)
+    def chain(self, tasks: int, base: Any = None, rank: int | None = None, **changes: Any) -> Any:
+        """A chain of `tasks` random adapters; the newest trains, with `changes` in its config."""
+        sources = [self.adapter(index, rank) for index in range(tasks - 1)]
+        sources.append(self.adapter(tasks - 1, rank, **changes))
+        return load_chain(self.fresh() if base is None else base, sources, trainable=True)
+
+    def stock(self, tasks: Sequence[int], base: Any = None, active: bool = True) -> Any:
+        """The same adapters in stock PEFT, loaded one after another; active: all are, and the newest trains."""
+        names, model = [task_name(index) for index in tasks], self.fresh() if base is None else base
+        folders = [self.adapter(index, stock=True) for index in tasks]
+        model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0], is_trainable=True)
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            model.load_adapter(folder, name, is_trainable=True)
+        if active:
+            model.base_model.set_adapter(names)
+            for name in names[:-1]:
+                model.set_requires_grad(name, False)
+        return model
+
+    def tokens(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+        """Random token ids, on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(FIRST_ID, self.model.config.vocab_size, shape, generator=generator)
+
+    @torch.no_grad()
+    def prompts(self, length: int, answers: Sequence[int], seed: int = 0) -> Batch:
+        """Prompts of `length` tokens, one row for each number in `answers`: how many tokens its answer has.
+
+        The answer is the model's own first choice, token by token, so that its probability is that of a real answer.
+        Rows are padded on the right.
+        """
+        ids = self.tokens((len(answers), length), seed).to(self.model.device)
+        for _ in range(max(answers)):
+            best = self.model(input_ids=ids).logits[:, -1, FIRST_ID:].argmax(-1, keepdim=True) + FIRST_ID
+            ids = torch.cat([ids, best], 1)
+        places, ends = torch.arange(ids.shape[1]), length + torch.tensor(answers)[:, None]
+        mask = (places < ends).long().to(ids.device)
+        labels = ids.masked_fill(((places < length) | (places >= ends)).to(ids.device), -100)
+        return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+    def step_batch(self) -> Batch:
+        """What a training step is given: answers of one token."""
+        return self.prompts(self.options.tokens - 1, [1] * self.options.batch)
+
+    def same(self, ours: torch.Tensor, theirs: torch.Tensor, of: str, limit: float = 1e-4) -> Sameness:
+        """Whether two results agree to `limit` of the largest value; in half precision, but for gross errors."""
+        return Sameness(f"{of}, against the largest", relative(ours, theirs), limit if self.exact else 0.1)
+
+    def same_logits(self, ours: Any, theirs: Any, of: str) -> Sameness:
+        """Whether two models compute the same."""
+        batch = self.step_batch()
+        return self.same(logits(ours, batch), logits(theirs, batch), f"logits, {of}")
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Batch) -> torch.Tensor:
+    """In eval mode, without dropout; the model stays in it."""
+    return model.eval()(**batch).logits

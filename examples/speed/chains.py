@@ -1,170 +1,95 @@
-"""A chain of 100 adapters: loading it against stock PEFT, merging it against one product of the stacked ranks."""
+"""A chain of 100 adapters: loading it, merging it, and comparing the attribution vectors of 100 tasks."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from scipy.stats import spearmanr
 
 from peft_aso import load_chain, save_chain
+from peft_aso.attribution import similarity_matrix
 
-from .adapters import all_active, chain_of, lora_weights, stock_loaded, task_name
-from .bench import Bench
-from .records import Record, Sameness
-from .steps import logits_of, same_logits, step_batch
-from .timing import relative, repeated, seconds
+from .bench import Bench, logits, task_name
+from .records import Record, Sameness, in_turn, relative, seconds
 
 
-def loading(bench: Bench) -> list[Record]:
+def load(bench: Bench) -> list[Record]:
     """`load_chain` of a folder that `save_chain` wrote, against `load_adapter` one after another."""
-    tasks, folder = bench.sizes.tasks, bench.adapters()
-    bench.say(f"loading, T = {tasks}: writing the chain")
-    saved = bench.scratch / f"chain-{bench.subject.name.replace('/', '_')}"
-    save_chain(chain_of(folder, tasks), saved)
+    tasks, saved, found = bench.options.tasks, bench.scratch / "saved", dict[str, Any]()
+    save_chain(bench.chain(tasks), saved)
     for index in range(tasks):
-        folder.stock(index)
-    repeats = max(1, bench.sizes.repeats // 2)
-    ours: list[float] = []
-    theirs: list[float] = []
-    checks: list[Sameness] = []
-    for repeat in range(repeats):
-        bench.say(f"loading, T = {tasks}: run {repeat + 1} of {repeats}")
-        chain, taken = _timed(load_chain, bench.subject.fresh(), saved, trainable=True)
-        ours.append(taken)
-        stock, taken = _timed(stock_loaded, folder, tasks, bench.subject.fresh())
-        theirs.append(taken)
-        if not repeat:
-            checks = _same_chain(bench, chain, all_active(stock, tasks))
-    reading = repeated(lambda: read_files(saved), bench.sizes.repeats)
-    share = statistics.median(reading) / statistics.median(ours)
-    return [
-        Record(
-            "chain.load",
-            bench.subject.label,
-            f"load_chain of {tasks} adapters (rank {bench.sizes.rank}), hashes checked",
-            "stock PEFT: from_pretrained, then load_adapter one after another",
-            ours,
-            theirs,
-            bound="at least",
-            target=5,
-            sameness=checks,
-            notes={"reading the files alone, seconds": reading, "reading the files, share of ours": share},
-        )
+        bench.adapter(index, stock=True)
+
+    def ours() -> None:
+        found["ours"] = load_chain(found["ours"], saved, trainable=True)
+
+    def stock() -> None:
+        found["stock"] = bench.stock(range(tasks), found["stock"], active=False)
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(max(1, bench.options.repeats // 2)):
+        found |= {"ours": bench.fresh(), "stock": bench.fresh()}
+        times[0].append(seconds(ours))
+        times[1].append(seconds(stock))
+    found["stock"].base_model.set_adapter([task_name(index) for index in range(tasks)])
+    sides = (found["ours"].named_parameters(), found["stock"].named_parameters())
+    mine, theirs = ({name: value for name, value in side if "lora_" in name} for side in sides)
+    checks = [
+        Sameness("matrices that only one side has", len(set(mine) ^ set(theirs)), 0.0),
+        Sameness("matrices, against the largest", max(relative(mine[name], theirs[name]) for name in mine), 0.0),
+        bench.same_logits(found["ours"], found["stock"], "all tasks active"),
     ]
+    more: Any = {"bound": "at least", "target": 5, "sameness": checks}
+    return [bench.record("chain.load", f"load_chain of {tasks} adapters", "load_adapter of each", *times, **more)]
 
 
-def _timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
-    """What a call returns, and its seconds."""
-    found: list[Any] = []
-    taken = seconds(lambda: found.append(function(*args, **kwargs)))
-    return found[0], taken
-
-
-def read_files(chain: Path) -> int:
-    """All that is on disk, into memory; bytes of the tensors."""
-    size = 0
-    for folder in sorted(path.parent for path in chain.glob("*/adapter_config.json")):
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-        size += sum(tensor.clone().nbytes for tensor in tensors.values())  # mapped, until something reads them
-    return size
-
-
-def _same_chain(bench: Bench, ours: Any, stock: Any) -> list[Sameness]:
-    mine, theirs = lora_weights(ours), lora_weights(stock)
-    names = set(mine) ^ set(theirs)
-    largest = max((mine[name].float() - theirs[name].float()).abs().max().item() for name in set(mine) & set(theirs))
-    return [
-        Sameness("adapter matrices that only one side has", float(len(names)), 0.0),
-        Sameness("adapter matrices, largest difference", largest, 0.0),
-        same_logits(bench, ours, stock, step_batch(bench), "all tasks active"),
-    ]
-
-
-def merging(bench: Bench) -> list[Record]:
-    """`merge_adapter` of all tasks against one product a module of ranks that are stacked already."""
-    tasks = bench.sizes.tasks
-    bench.say(f"merging, T = {tasks}: making the chain, comparing")
-    model = chain_of(bench.adapters(), tasks).eval()
-    product, weights, stacking = stacked_product(model, tasks)
-    checks = _same_merge(bench, model, product, weights)
-    bench.say(f"merging, T = {tasks}: timing")
-    ours: list[float] = []
-    theirs: list[float] = []
-    stacked: list[float] = []
-    for _ in range(bench.sizes.repeats + 1):
-        ours.append(seconds(model.base_model.merge_adapter))
-        model.base_model.unmerge_adapter()
-        theirs.append(seconds(product))
-        stacked.append(seconds(stacking) + theirs[-1])
-    return [
-        Record(
-            "chain.merge",
-            bench.subject.label,
-            f"merge_adapter of {tasks} adapters (rank {bench.sizes.rank})",
-            "W += B A, one product a module, B and A stacked beforehand",
-            ours[1:],
-            theirs[1:],
-            target=1.5,
-            sameness=checks,
-            notes={
-                "the product with the stacking of B and A in it, seconds": stacked[1:],
-                "ratio to that": statistics.median(a / b for a, b in zip(ours[1:], stacked[1:], strict=True)),
-            },
-        )
-    ]
-
-
-def stacked_product(model: Any, tasks: int) -> tuple[Callable[[], None], dict[str, torch.Tensor], Callable[[], None]]:
-    """A function that adds the sum of all adapters to copies of the base weights, these copies by module, and a
-    function that stacks what the product needs, and throws it away."""
-    parameters = dict(model.named_parameters())
-    copies: dict[str, torch.Tensor] = {}
-    pairs, parts = [], []
-    for name in [name for name in parameters if f".lora_A.{task_name(0)}." in name]:
-        place = name.split(".lora_A.")[0]
-        scaling = model.get_submodule(place).scaling
-        downs = [parameters[f"{place}.lora_A.{task_name(t)}.weight"] for t in range(tasks)]
-        ups = [parameters[f"{place}.lora_B.{task_name(t)}.weight"] * scaling[task_name(t)] for t in range(tasks)]
-        parts.append((ups, downs))
-        copies[place] = parameters[f"{place}.base_layer.weight"].detach().clone()
-        pairs.append((copies[place], torch.cat(ups, 1).detach(), torch.cat(downs, 0).detach()))
+def merge(bench: Bench) -> list[Record]:
+    """`merge_adapter` of all tasks against one product a module of B and A that are stacked already."""
+    tasks, batch = bench.options.tasks, bench.step_batch()
+    model = bench.chain(tasks).eval()
+    parameters, names, products = dict(model.named_parameters()), [task_name(index) for index in range(tasks)], {}
+    for place in [name.split(".lora_A.")[0] for name in parameters if f".lora_A.{names[0]}." in name]:
+        scaling, weight = model.get_submodule(place).scaling, f"{place}.base_layer.weight"
+        up = torch.cat([parameters[f"{place}.lora_B.{name}.weight"] * scaling[name] for name in names], 1)
+        down = torch.cat([parameters[f"{place}.lora_A.{name}.weight"] for name in names], 0)
+        products[weight] = (parameters[weight].detach().clone(), up.detach(), down.detach())
 
     @torch.no_grad()
     def product() -> None:
-        for weight, up, down in pairs:
+        for weight, up, down in products.values():
             if weight.dtype == down.dtype:
                 weight.addmm_(up, down)
             else:
                 weight += (up @ down).to(weight.dtype)
 
-    @torch.no_grad()
-    def stacking() -> None:
-        for ups, downs in parts:
-            torch.cat(ups, 1), torch.cat(downs, 0)
-
-    return product, copies, stacking
-
-
-def _same_merge(
-    bench: Bench, model: Any, product: Callable[[], None], copies: dict[str, torch.Tensor]
-) -> list[Sameness]:
-    """Both sums against each other; and what is left after unmerging against what was there."""
-    batch = step_batch(bench)
-    before = logits_of(model, batch)
+    before = logits(model, batch)
     product()
     model.base_model.merge_adapter()
-    weights = dict(model.named_parameters())
-    differences = [relative(weights[f"{place}.base_layer.weight"], copy) for place, copy in copies.items()]
-    merged = relative(logits_of(model, batch), before)
+    merged = dict(model.named_parameters())
+    apart = max(relative(merged[name], product_of[0]) for name, product_of in products.items())
+    checks = [Sameness("merged weights, against the largest", apart, 1e-6 if bench.exact else 1e-2)]
+    checks.append(bench.same(logits(model, batch), before, "logits, merged against active"))
     model.base_model.unmerge_adapter()
-    return [
-        Sameness("merged weights, against the largest", max(differences), 1e-6 if bench.exact else 1e-2),
-        Sameness("logits, merged against active", merged, bench.logits_limit),
-        Sameness("logits, after unmerging", relative(logits_of(model, batch), before), bench.logits_limit),
-    ]
+    checks.append(bench.same(logits(model, batch), before, "logits, after unmerging"))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(bench.options.repeats):
+        times[0].append(seconds(model.base_model.merge_adapter))
+        model.base_model.unmerge_adapter()
+        times[1].append(seconds(product))
+    what, against = f"merge_adapter of {tasks} adapters", "one product a module, B and A stacked beforehand"
+    return [bench.record("chain.merge", what, against, *times, target=1.5, sameness=checks)]
+
+
+def similarities(bench: Bench) -> list[Record]:
+    """Spearman's w of all pairs of vectors, against one sort of each."""
+    count, neurons, generator = bench.options.vectors, bench.options.neurons, torch.Generator().manual_seed(0)
+    vectors = torch.randn(count, neurons, generator=generator) + torch.randn(neurons, generator=generator)
+    vectors[1].clamp_(min=0)  # ties, as a ReLU leaves them
+    values, vectors = vectors.numpy(), vectors.to(bench.model.device)
+    found, pairs = similarity_matrix(vectors), ((0, 1), (0, -1), (1, -1), (count // 2, -1))
+    apart = max(abs(found[i, j].item() - spearmanr(values[i], values[j]).statistic) for i, j in pairs)
+    checks = [Sameness("w, against scipy.stats.spearmanr", float(apart), 1e-6)]
+    sides = (lambda: similarity_matrix(vectors), lambda: [torch.sort(vector) for vector in vectors])
+    times, what = in_turn(*sides, repeats=bench.options.repeats), f"w of all pairs, {count} x {neurons:,} neurons"
+    return [bench.record("similarity", what, "torch.sort of each", *times, target=2, sameness=checks)]
