@@ -22,7 +22,7 @@ from .settings import Settings, folder_of
 from .training import learn, seed_of
 
 # what a model trained on one task alone does not depend on
-_NOT_ALONE = {"method", "order", "tested", "name", "out", "no_reference", "micro_batch"}
+_NOT_ALONE = {"method", "order", "tested", "micro_batch"}
 
 
 def run(settings: Settings) -> Record:

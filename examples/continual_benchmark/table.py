@@ -130,25 +130,21 @@ def by_measures(runs: list[Record], options: argparse.Namespace) -> Rows:
 
 
 def by_difference(runs: list[Record], options: argparse.Namespace) -> Rows:
-    """A measure less that of another method (or run, by name) on the same order and seed, and the mean over orders."""
-    rows = [["", "order", "seed", f"{options.measure} less that of {options.against}"]]
+    """A measure less that of another method (or run, by name) on the same order and seed, in every way of scoring;
+    then means over orders and seeds."""
+    rows = [[f"{options.measure} less that of {options.against}", "orders", "seed", *WAYS]]
+    peers = [run for run in runs if options.against in (run["settings"]["method"], run["name"])]
     alike: dict[Any, list[tuple[Record, Record]]] = {}
-    for run in runs:
-        for peer in runs:
-            if options.against not in (peer["settings"]["method"], peer["name"]) or peer is run:
-                continue
-            if all(value_of(run, name) == value_of(peer, name) for name in (*SCALE, "seed")) and (
-                order_of(run) == order_of(peer)
-            ):
-                cell = shown(difference([(run, peer)], options.way, options.measure), "+")
-                to = f" to {label(peer, runs)}"
-                rows.append([label(run, runs) + to, order_of(run), str(value_of(run, "seed")), cell])
-                alike.setdefault((rows[-1][0], frozenset(run["tasks"])), []).append((run, peer))
-    for (name, _), pairs in alike.items():
-        scored = [pair for pair in pairs if difference([pair], options.way, options.measure) is not None]
-        if len(scored) > 1:
-            cell = shown(difference(scored, options.way, options.measure), "+")
-            rows.append([name, f"mean of {', '.join(order_of(run) for run, _ in scored)}", "", cell])
+    for run, peer in ((run, peer) for run in runs for peer in peers if peer is not run):
+        same_scale = all(value_of(run, name) == value_of(peer, name) for name in (*SCALE, "seed"))
+        if same_scale and run["tasks"] == peer["tasks"]:
+            name = f"{label(run, runs)} to {label(peer, runs)}"
+            alike.setdefault((name, frozenset(run["tasks"])), []).append((run, peer))
+    single = [(name, [pair]) for (name, _), pairs in alike.items() for pair in pairs]
+    for name, pairs in [*single, *((name, pairs) for (name, _), pairs in alike.items() if len(pairs) > 1)]:
+        orders = _brief([run for run, _ in pairs])
+        seed = str(value_of(pairs[0][0], "seed")) if len(pairs) == 1 else ""
+        rows.append([name, orders, seed, *(_mean_gap(pairs, way, orders, options.measure) for way in WAYS)])
     if len(rows) == 1:
         raise SystemExit(f"--against {options.against}: no run of it on the same order and seed as another.")
     return rows
@@ -224,11 +220,11 @@ def _brief(runs: Sequence[Record]) -> str:
     return ", ".join(order_of(run) if order_of(run).isdigit() else f"{run['tasks'][0]} first" for run in runs)
 
 
-def _mean_gap(pairs: Sequence[tuple[Record, Record]], way: str, orders: str) -> str:
+def _mean_gap(pairs: Sequence[tuple[Record, Record]], way: str, orders: str, measure: str = "AA") -> str:
     """The mean difference of the pairs that were scored so; their orders after it where these are fewer."""
-    scored = [pair for pair in pairs if difference([pair], way) is not None]
+    scored = [pair for pair in pairs if difference([pair], way, measure) is not None]
     own = _brief([run for run, _ in scored])
-    return shown(difference(scored, way), "+") + (f", {own}" if own != orders else "") if scored else ""
+    return shown(difference(scored, way, measure), "+") + (f", {own}" if own != orders else "") if scored else ""
 
 
 def by_preferences(runs: list[Record], options: argparse.Namespace) -> Rows:
