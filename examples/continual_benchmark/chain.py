@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tasks import Task, best_device, bf16_is_faster, load_model
 from transformers import GenerationConfig, set_seed
 
@@ -29,8 +30,10 @@ def run(settings: Settings) -> Record:
     """Run, or go on with a run that was stopped, after its last finished stage; the record, which is on disk too.
 
     Raises:
-        SystemExit: tasks that are not there, or a folder that holds a run of other settings.
+        SystemExit: tasks that are not there, more than one GPU, or a folder that holds a run of other settings.
     """
+    if torch.cuda.device_count() > 1:
+        raise SystemExit("A run has one GPU to itself: choose it with CUDA_VISIBLE_DEVICES=0.")
     tasks = read_tasks(order_of(settings.order), settings)
     folder = folder_of(settings, short([task.name for task in tasks]))
     record = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None

@@ -120,7 +120,7 @@ def hub_task(name: str, full: bool) -> Task:
     for split, size in zip((source.train, source.test), FULL if full else SMALL, strict=True):
         try:
             rows = load_dataset(source.path, source.config, split=split)
-        except Exception as error:  # whatever stands between here and the Hub
+        except Exception as error:  # no network, no such data set, and others
             raise SystemExit(
                 f"{name}: {source.path} could not be loaded ({type(error).__name__}: {error}). Without the Hub, give "
                 "--data a folder of task folders (examples/data/README.md)."

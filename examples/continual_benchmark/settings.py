@@ -1,4 +1,4 @@
-"""Every setting of a run: those that all methods have, and those that stand beside each method."""
+"""Every setting of a run: those that all methods have, and those of each method."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 from continual_benchmark.data import short
 from continual_benchmark.records import Record, read_records
 from continual_benchmark.scores import MEASURES, WAYS, cached, difference, matrices, shown, ways_of
-from continual_benchmark.settings import Settings
+from continual_benchmark.settings import Settings, lambda_of
 
 Rows = list[list[str]]
 LEAST_FORGOTTEN = 2  # points of FM below which a share of it means nothing
@@ -63,7 +63,7 @@ def order_of(run: Record) -> str:
 
 def value_of(run: Record, name: str) -> Any:
     """A setting; the default where the run's method does not have it."""
-    return run["settings"].get(name, _DEFAULTS[name] if name != "lr_a" else None)
+    return run["settings"].get(name, _DEFAULTS.get(name))
 
 
 _DEFAULTS = asdict(Settings())
@@ -73,17 +73,12 @@ def label(run: Record, runs: Sequence[Record]) -> str:
     """The method, and the settings that set it apart from others here that have them."""
     apart = []
     for name, value in run["settings"].items():
-        usual = _usual_lambda(run) if name == "penalty_weight" else value_of({"settings": {}}, name)
+        usual = lambda_of({**run["settings"], name: None}) if name == "penalty_weight" else _DEFAULTS.get(name)
         others = {str(each["settings"].get(name, usual)) for each in runs}
         named = len(others) > 1 or name == "penalty_weight"
         if named and name not in ("method", "seed", "order", "score") and value != usual:
             apart.append(f"{name.replace('_', ' ').replace('penalty weight', 'lambda')} {_value(value)}")
     return run["title"] + (f" ({', '.join(apart)})" if apart else "")
-
-
-def _usual_lambda(run: Record) -> float:
-    settings = run["settings"]
-    return 0.0 if settings["fixed_a"] else 0.5 if settings.get("penalty", "l1") == "l1" else 0.05
 
 
 def _value(value: Any) -> str:
@@ -289,7 +284,7 @@ def by_commands(runs: list[Record], options: argparse.Namespace) -> Rows:
     rows = [["run", "arguments of run.py"]]
     for run in runs:
         chosen = [(f"--{name.replace('_', '-')}", value) for name, value in run["settings"].items()
-                  if name != "method" and value != value_of({"settings": {}}, name)]  # fmt: skip
+                  if name != "method" and value != _DEFAULTS.get(name)]  # fmt: skip
         words = [name if value is True else f"{name} {value}" for name, value in chosen]
         rows.append([run["name"], f"--method {run['settings']['method']} {' '.join(words)}"])
     return rows

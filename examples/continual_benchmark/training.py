@@ -25,7 +25,7 @@ class Bar(ProgressCallback):
 
 
 def seed_of(settings: Settings, task: Task) -> int:
-    """A seed for each task, the same wherever it stands in an order, and where it is learned alone."""
+    """A seed for each task, the same at any place of an order, and where it is learned alone."""
     return zlib.crc32(f"{settings.seed} {task.name}".encode()) % 2**31
 
 
