@@ -35,7 +35,7 @@ def test_every_method_learns_two_tasks(
 ) -> None:
     assert set(METHODS) == set(benchmark("methods").METHODS)
     scope = {"scope": "full"} if (method, name) == ("ewc", "t5") else {}
-    rates = {"lr": 1e-2, "lr_full": 1e-3, "ewc_weight": 1.0}
+    rates = {"lr": 1e-2, "lr_full": 3e-2 if method == "osf" else 1e-3, "ewc_weight": 1.0}
     found = run(method, name, epochs=4.0, no_reference=method != "replay", **rates, **scope)
     assert [stage["task"] for stage in found["stages"]] == ["colors", "signs"]
     for stage, names in zip(found["stages"], (["colors"], ["colors", "signs"]), strict=True):
