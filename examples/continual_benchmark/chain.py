@@ -1,158 +1,135 @@
-"""A whole run: an order of tasks learned one after another, all tested after each."""
+"""A run: an order of tasks learned one after another, all tested after each."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
+import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import Task, best_device, load_model
-from transformers import set_seed
+from tasks import Task, best_device, bf16_is_faster, load_model
+from transformers import GenerationConfig, set_seed
 
-from .alone import alone_folder, learn_alone
-from .data import read_tasks
-from .evaluation import Answers, answer, output_similarity
-from .first import keep_first, take_first
+from .data import order_of, read_tasks, short
+from .evaluation import answered_right
 from .methods import METHODS, Method
-from .orders import order_of, short
-from .results import Correct, RunFolder, folder_of, read_json
-from .scores import summary
-from .settings import Settings
-from .training import in_bf16, learn, seed_of
+from .records import RESULTS, Record
+from .settings import Settings, folder_of
+from .training import learn, seed_of
+
+# what a model trained on one task alone does not depend on
+_NOT_ALONE = {"method", "order", "tested", "micro_batch"}
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Run, or go on with a run that was stopped; the results, which are on disk too.
+def run(settings: Settings) -> Record:
+    """Run, or go on with a run that was stopped, after its last finished stage; the record, which is on disk too.
 
     Raises:
-        SystemExit: settings that are wrong, tasks that are not there, a folder that holds another run.
+        SystemExit: tasks that are not there, more than one GPU, or a folder that holds a run of other settings.
     """
     if torch.cuda.device_count() > 1:
         raise SystemExit("A run has one GPU to itself: choose it with CUDA_VISIBLE_DEVICES=0.")
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    names = order_of(settings.order)
-    tasks = read_tasks(names, settings)
-    path = folder_of(settings, short(names))
-    settings = _decided(settings, path)
-    with RunFolder(path, settings.chosen()) as folder:
-        results = folder.results()
-        if results is None or not (results["alone"] or settings.no_reference):
-            results = _run(tasks, settings, folder)
-    return {**results, "folder": str(folder.path)}
-
-
-def _decided(settings: Settings, path: Path) -> Settings:
-    """With `--precision auto`, what the run in that folder began with, or else what is faster here."""
-    if settings.precision != "auto":
-        return settings
-    began = (read_json(path / "settings.json") or {}).get("precision")
-    return replace(settings, precision=began or ("bf16" if in_bf16(settings) else "float32"))
-
-
-def _run(tasks: list[Task], settings: Settings, folder: RunFolder) -> dict[str, Any]:
-    names = [task.name for task in tasks]
-    load = functools.cache(functools.partial(_load, settings.model))
-    kind = METHODS[settings.method]
+    tasks = read_tasks(order_of(settings.order), settings)
+    folder = folder_of(settings, short([task.name for task in tasks]))
+    record = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
+    if settings.precision == "auto":
+        began = record["settings"]["precision"] if record else "bf16" if bf16_is_faster() else "float32"
+        settings = replace(settings, precision=began)
+    kind, chosen = METHODS[settings.method], settings.recorded()
+    if record is None:
+        names = [task.name for task in tasks]
+        record = {"title": kind.title, "tasks": names, "settings": chosen, "stages": [], "alone": None}
+    other = [name for name in {**record["settings"], **chosen} if record["settings"].get(name) != chosen.get(name)]
+    if other:
+        raise SystemExit(f"{folder} holds a run with another {', '.join(other)}: give this run a --name of its own.")
     if kind.alone:
-        stages = _as_stages(tasks, learn_alone(tasks, settings, load))
+        record["alone"] = _learn_alone(tasks, settings)
+        seen = [tasks[: index + 1] for index in range(len(tasks))]  # nothing is forgotten
+        record["stages"] = [
+            {"task": each[-1].name, "correct": {task.name: record["alone"][task.name] for task in each}}
+            for each in seen
+        ]
     else:
-        if folder.done < len(tasks):
-            base = load()
-            set_seed(seed_of(settings, tasks[0]))  # some methods make their weights here, as others at the first task
-            _learn_chain(tasks, settings, folder, kind(*base, settings))
-        stages = folder.stages()
-    reference = None
-    if not (settings.no_reference and not kind.alone):
-        load = functools.cache(functools.partial(_load, settings.model))  # the base model, untouched
-        reference = {name: each["correct"] for name, each in learn_alone(tasks, settings, load).items()}
-    results = {
-        "title": kind.title,
-        "tasks": names,
-        "settings": settings.chosen(),
-        "stages": stages,
-        "alone": reference,
-        "alone in": str(alone_folder(settings)) if reference is not None else None,
-        "summary": summary(names, [stage["correct"] for stage in stages], reference),
-    }
-    folder.finish(results)
-    return results
+        _learn_chain(tasks, settings, folder, record)
+        if record["alone"] is None and not settings.no_reference:
+            record["alone"] = _learn_alone(tasks, settings)
+    _write(folder / RESULTS, record)
+    return record
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    model, tokenizer = load_model(name)
-    return model.to(best_device()), tokenizer
-
-
-def _learn_chain(tasks: list[Task], settings: Settings, folder: RunFolder, method: Method) -> None:
-    if len(tasks) > 1 and folder.done == 0 and take_first(settings, tasks[0], folder):
-        print(f"{tasks[0].name} was learned by an earlier run in the same way.")
-    done, trained = folder.done, folder.trained()
-    have = done + (trained is not None)
-    if have:
-        print(f"Going on after {tasks[have - 1].name}, which {folder.path} has.")
-        method.restore(folder.state(have - 1), tasks[:have])
+def _learn_chain(tasks: list[Task], settings: Settings, folder: Path, record: Record) -> None:
+    """Learn the tasks that the record has no stage of; the record and the state are written after each."""
+    done = len(record["stages"])
+    if done == len(tasks):
+        return
+    method = _start(METHODS[settings.method], tasks[0], settings)
+    if done:
+        print(f"Going on after {tasks[done - 1].name}, which {folder} has.")
+        method.restore(folder / f"state_{done}", tasks[:done])
     for index, task in enumerate(tasks[done:], start=done):
         print(f"\n=== {method.title}, stage {index + 1} of {len(tasks)}: {task.name} ===", flush=True)
-        if trained is None:
-            trained = _trained(method, task, index, settings)
-            folder.add_state(method.save, trained)
+        started = time.time()
+        stage = {"task": task.name, "log": learn(method, task, index, settings), **method.facts(task)}
+        trained = time.time()
+        state = folder / f"state_{index + 1}"
+        shutil.rmtree(state, ignore_errors=True)
+        state.mkdir(parents=True)
+        method.save(state)
         tested = [task] if settings.tested == "new" and index < len(tasks) - 1 else tasks[: index + 1]
-        stage = {**trained, **_tested(method, tested, settings, last=index == len(tasks) - 1)}
-        stage["seconds"] = {**trained["seconds"], **stage["seconds"]}
-        folder.add_stage(stage)
-        trained = None
-        if index == 0 and len(tasks) > 1:
-            keep_first(settings, task, folder, stage)
-        print(_line(stage["correct"]) + f"   ({sum(stage['seconds'].values()):.0f} s)", flush=True)
+        stage["correct"] = {each.name: _test(method, each, settings) for each in tested}
+        stage["seconds"] = {"training": round(trained - started), "testing": round(time.time() - trained)}
+        record["stages"].append(stage)
+        _write(folder / RESULTS, record)
+        shutil.rmtree(folder / f"state_{index}", ignore_errors=True)
+        shares = {name: "/".join(f"{100 * b.count('1') / len(b):.0f}" for b in ways.values())
+                  for name, ways in stage["correct"].items()}  # fmt: skip
+        print(", ".join(f"{name} {share}%" for name, share in shares.items()), flush=True)
 
 
-def _trained(method: Method, task: Task, index: int, settings: Settings) -> dict[str, Any]:
-    """Train; what is known of the stage then."""
-    started = time.time()
-    log = learn(method, task, index, settings)
-    seconds = {"training": time.time() - started}
-    return {"task": task.name, "log": log, "seconds": seconds, **method.facts(task)}
+def _learn_alone(tasks: list[Task], settings: Settings) -> dict[str, dict[str, str]]:
+    """How each task is answered that is learned alone on the base model: the reference of FWT, and the bound.
 
-
-def _tested(method: Method, tasks: list[Task], settings: Settings, last: bool) -> dict[str, Any]:
-    """Test on these tasks; what the stage has from that."""
-    started = time.time()
-    said = _test(method, tasks, settings)
-    found: dict[str, Any] = {
-        "correct": {task.name: said[task.name].correct(task) for task in tasks},
-        "seconds": {"testing": time.time() - started},
-        "said": {task.name: said[task.name].said(task) for task in tasks},
-    }
-    if last:
-        found["outputs"] = output_similarity({name: each.outputs for name, each in said.items()})
-    return found
-
-
-def _test(method: Method, tasks: list[Task], settings: Settings) -> dict[str, Answers]:
-    found = {}
+    Runs with the same training share them, in `OUT/alone`.
+    """
+    full = METHODS[settings.method].trains_all(settings)
+    kind = METHODS["per_task_ft" if full else "per_task_lora"]
+    of_alone = replace(settings, method="per_task_ft" if full else "per_task_lora").recorded()
+    depends = {name: value for name, value in of_alone.items() if name not in _NOT_ALONE}
+    key = hashlib.sha256(json.dumps([full, depends], sort_keys=True).encode()).hexdigest()[:10]
+    method, found = None, {}
     for task in tasks:
-        with method.predict(task) as model:
-            found[task.name] = answer(
-                model, method.tokenizer, task, settings.score, settings.max_tokens, in_bf16(settings)
-            )
+        file = Path(settings.out) / "alone" / key / f"{task.name}.json"
+        if not file.is_file():
+            print(f"\n=== {task.name} alone ===", flush=True)
+            method = method or _start(kind, task, settings)
+            learn(method, task, 0, settings)
+            _write(file, _test(method, task, settings))
+        found[task.name] = json.loads(file.read_text())
     return found
 
 
-def _as_stages(tasks: list[Task], alone: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Models that forget nothing: after each stage every earlier task is as it was."""
-    stages = []
-    for index, task in enumerate(tasks):
-        right = {each.name: alone[each.name]["correct"] for each in tasks[: index + 1]}
-        stages.append({**alone[task.name], "correct": right})
-    return stages
+def _start(kind: type[Method], task: Task, settings: Settings) -> Method:
+    model, tokenizer = load_model(settings.model)
+    # greedy, and without what the model's own settings may ask for
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    set_seed(seed_of(settings, task))  # some methods make their weights here, others at the first task
+    return kind(model.to(best_device()), tokenizer, settings)
 
 
-def _line(right: Correct) -> str:
-    def percent(answers: list[bool]) -> str:
-        return f"{100 * sum(answers) / len(answers):.0f}%"
+def _test(method: Method, task: Task, settings: Settings) -> dict[str, str]:
+    model, bf16 = method.predict(task), settings.precision == "bf16"
+    return answered_right(model, method.tokenizer, task, settings.score, settings.max_tokens, bf16)
 
-    return ", ".join(f"{name} {' / '.join(percent(each) for each in ways.values())}" for name, ways in right.items())
+
+def _write(path: Path, value: Any) -> None:
+    """Write a complete file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    os.replace(new, path)

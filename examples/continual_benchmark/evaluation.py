@@ -1,142 +1,106 @@
-"""What a model answers: generated and compared, or the likeliest of the options."""
+"""Which test questions a model answers right: generated and compared, or the likeliest of the options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
 from typing import Any
 
 import torch
-from tasks import Task, shorten
+from tasks import Task, generated_answers, shorten
 from tqdm.auto import tqdm
 
-from .beginning import cache_of, common, rows_of
-from .options import calibrated, log_probabilities
-
-BATCH = 20
-
-
-@dataclass
-class Answers:
-    """What a model says to the test prompts of a task.
-
-    Attributes:
-        generated: greedily, as long as the longest option at most; empty if not asked for.
-        scores: `(prompts, options)`, their tokens' log-probabilities summed; None if not asked for.
-        outputs: `(vocabulary,)`, the mean distribution over the first token.
-    """
-
-    generated: list[str]
-    scores: torch.Tensor | None = field(repr=False)
-    outputs: torch.Tensor = field(repr=False)
-
-    def correct(self, task: Task) -> dict[str, list[bool]]:
-        """For each way of scoring, whether each example is answered right.
-
-        `generate`: what is generated, stripped. `options`: the likeliest option. `calibrated`: that after options are
-        made as likely, over all these prompts, as they are right answers in the task's training data.
-        """
-        found = {}
-        if self.generated:
-            found["generate"] = [
-                given.strip() == row[1].strip() for given, row in zip(self.generated, task.test, strict=True)
-            ]
-        if self.scores is not None:
-            right = [task.options.index(answer) for _, answer in task.test]
-            ways = {"options": self.scores, "calibrated": calibrated(self.scores, _shares(task))}
-            for way, scores in ways.items():
-                found[way] = [a == b for a, b in zip(scores.argmax(1).tolist(), right, strict=True)]
-        return found
-
-    def likeliest(self, task: Task) -> list[str]:
-        """The likeliest option of each prompt; empty if not asked for."""
-        return [] if self.scores is None else [task.options[best] for best in self.scores.argmax(1).tolist()]
-
-    def said(self, task: Task) -> dict[str, dict[str, int]]:
-        """For each right answer what was said, stripped, and how often; generated if that was asked for."""
-        found: dict[str, dict[str, int]] = {option.strip(): {} for option in task.options}
-        for given, row in zip(self.generated or self.likeliest(task), task.test, strict=True):
-            counts, text = found[row[1].strip()], given.strip()
-            counts[text] = counts.get(text, 0) + 1
-        return found
+ROWS = 80  # prompts times options that are scored at once
 
 
 @torch.no_grad()
-def answer(
+def answered_right(
     model: Any, tokenizer: Any, task: Task, score: str = "both", max_tokens: int = 512, bf16: bool = False
-) -> Answers:
-    """Have `model` answer the test prompts of `task`.
+) -> dict[str, str]:
+    """By way of scoring, one character a test question: 1 where it is answered right, else 0.
+
+    `generate`: what is generated greedily, stripped, is the answer. `options`: the likeliest option is. `calibrated`:
+    the likeliest option is, after options are made as likely, over all these prompts, as they are right answers in the
+    task's training data.
 
     Args:
-        score: "generate", "options" or "both": which answers are wanted.
+        score: "generate", "options" (and calibrated), or "both".
         bf16: products in bfloat16.
     """
-    training = model.training
-    model.eval()
+    found = {}
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        found = _answer(model, tokenizer, task, score, max_tokens)
-    model.train(training)
+        if score != "options":
+            given = generated_answers(model, tokenizer, task, max_tokens=max_tokens)
+            right = [text.strip() == answer.strip() for text, (_, answer) in zip(given, task.test, strict=True)]
+            found["generate"] = "".join("01"[each] for each in right)
+        if score != "generate":
+            scores = option_scores(model, tokenizer, task, max_tokens)
+            answers = torch.tensor([task.options.index(answer) for _, answer in task.test])
+            trained = [answer for _, answer in task.train]  # one more of each, so that none has no share
+            shares = [(1 + trained.count(option)) / (len(trained) + len(task.options)) for option in task.options]
+            for way, values in (("options", scores), ("calibrated", calibrated(scores, shares))):
+                found[way] = "".join("01"[each] for each in (values.argmax(1) == answers).tolist())
     return found
 
 
-def output_similarity(outputs: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """How alike the answers to different tasks are: the cosine of the mean distributions over their first token.
+@torch.no_grad()
+def option_scores(model: Any, tokenizer: Any, task: Task, max_tokens: int = 512) -> torch.Tensor:
+    """`(prompts, options)`: the log-probability of each option as the answer, its tokens' summed.
 
-    Figure 5 of the paper, which does not say how it measures "similarity of final output distributions".
+    Options are run on the cache of their prompt (an encoder's states), which is run once.
     """
-    return {a: {b: float(torch.cosine_similarity(outputs[a], outputs[b], dim=0)) for b in outputs} for a in outputs}
-
-
-def _answer(model: Any, tokenizer: Any, task: Task, score: str, max_tokens: int) -> Answers:
-    seq2seq, padding = model.config.is_encoder_decoder, tokenizer.pad_token_id
+    training, device, seq2seq = model.training, model.device, model.config.is_encoder_decoder
+    model.eval()
     options = [
         tokenizer(option if seq2seq else f" {option}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         for option in task.options
     ]
-    longest = max(map(len, options))
+    count, longest = len(options), max(map(len, options))
     prompts = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
-    shared = 0 if seq2seq else common(prompts, min(map(len, prompts)) - 1)
-    beginning = cache_of(model, prompts[0][:shared]) if shared else None
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    generated, scores, total = [""] * len(prompts), torch.zeros(len(prompts), len(options)), torch.zeros(())
-    for start in tqdm(range(0, len(order), BATCH), desc=task.name, unit="batch", leave=False):
-        chosen = order[start : start + BATCH]
-        batch = _padded_left([prompts[index] for index in chosen], shared, padding, model.device)
-        tokens = 1 if score == "options" else longest
-        said = _said(model, batch, beginning, tokens, padding, tokenizer.eos_token_id)
-        first = said.logits[0].float()
-        total = total + torch.softmax(first, -1).sum(0).cpu()
-        new = said.sequences if seq2seq else said.sequences[:, batch["input_ids"].shape[1] :]
-        for index, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            generated[index] = text
-        if score != "generate":
-            found = log_probabilities(model, batch, first, said.past_key_values, options, padding)
-            scores[chosen] = found.float().cpu()
-    return Answers(
-        generated if score != "options" else [], scores if score != "generate" else None, total / len(prompts)
-    )
+    padded = tokenizer.pad({"input_ids": options}, padding_side="right", return_tensors="pt").to(device)
+    scores = torch.zeros(len(prompts), count)
+    size = max(1, ROWS // count)
+    for start in tqdm(range(0, len(order), size), desc=f"{task.name}, options", leave=False, unit="batch"):
+        chosen = order[start : start + size]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        batch = batch.to(device)
+        answers, there = (padded[key].repeat(len(chosen), 1) for key in ("input_ids", "attention_mask"))
+        mask = batch["attention_mask"].repeat_interleave(count, 0)
+        if seq2seq:
+            states = model.get_encoder()(**batch)
+            states.last_hidden_state = states.last_hidden_state.repeat_interleave(count, 0)
+            labels = answers.masked_fill(there == 0, -100)
+            logits = model(encoder_outputs=states, attention_mask=mask, labels=labels).logits
+        else:
+            length = mask.shape[1]
+            mask = torch.cat([mask, there[:, :-1]], 1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # tokens are numbered without the padding
+            said = model(**batch, position_ids=positions[::count, :length], use_cache=True)
+            logits = said.logits[:, -1:].repeat_interleave(count, 0)
+            said.past_key_values.batch_repeat_interleave(count)
+            if longest > 1:
+                more = model(
+                    input_ids=answers[:, :-1], attention_mask=mask, position_ids=positions[:, length:],
+                    past_key_values=said.past_key_values,
+                )  # fmt: skip
+                logits = torch.cat([logits, more.logits], 1)
+        logs = torch.log_softmax(logits.float(), -1).gather(-1, answers[..., None])[..., 0]
+        scores[chosen] = (logs * there).sum(1).view(len(chosen), count).float().cpu()
+    model.train(training)
+    return scores
 
 
-def _shares(task: Task) -> list[float]:
-    """Of each option among the training examples; one example more of each, so that none has no share."""
-    answers = [answer for _, answer in task.train]
-    counts = [1 + answers.count(option) for option in task.options]
-    return [count / sum(counts) for count in counts]
+def calibrated(scores: torch.Tensor, shares: list[float]) -> torch.Tensor:
+    """`(prompts, options)`: log-probabilities without what a model prefers over all these prompts together.
 
+    Each option's probability is divided by its mean over the prompts (after Batch Calibration, Zhou et al. 2024) and
+    multiplied by its share. No right answer is read. If a model only came to prefer some of the options, this brings
+    the answers back; if it no longer tells prompts apart, it cannot.
 
-def _said(model: Any, batch: dict[str, torch.Tensor], beginning: Any, tokens: int, padding: int, end: int) -> Any:
-    """What `generate` says, with logits and cache: the likeliest tokens, whatever the model's own settings."""
-    rows = torch.zeros(len(batch["input_ids"]), dtype=torch.long, device=model.device)
-    given = {} if beginning is None else {"past_key_values": rows_of(beginning, rows)}
-    return model.generate(
-        **batch, **given, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, min_length=0, pad_token_id=padding, eos_token_id=end, use_cache=True,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-
-
-def _padded_left(prompts: list[list[int]], shared: int, padding: int, device: Any) -> dict[str, torch.Tensor]:
-    """One length for all, the padding between what they share and what is their own."""
-    length = max(map(len, prompts))
-    ids = [prompt[:shared] + [padding] * (length - len(prompt)) + prompt[shared:] for prompt in prompts]
-    real = [[1] * shared + [0] * (length - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(real, device=device)}
+    Args:
+        scores: `(prompts, options)`, log-probabilities.
+        shares: of each option among right answers, above 0.
+    """
+    logs = torch.log_softmax(scores.double(), 1)
+    mean = torch.logsumexp(logs, 0) - math.log(len(logs))
+    return logs - mean + torch.tensor(shares, dtype=logs.dtype).log()

@@ -1,218 +1,116 @@
-"""The paper's figures from finished runs: PNG and SVG, with the numbers behind them as CSV.
+"""Two figures of finished runs: average accuracy after each task, and psi by step.
 
-python examples/continual_benchmark/figures.py runs/continual_benchmark --out runs/continual_benchmark/figures
+    python examples/continual_benchmark/figures.py docs/results/continual.jsonl.xz --out docs/results/figures \
+      --only "orders/*lora*"
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import math
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 
+import matplotlib
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from continual_benchmark import series
-from continual_benchmark.collect import comparable, read_runs
-from continual_benchmark.scores import WAYS
-from continual_benchmark.series import Row, RowsOf
+from continual_benchmark.data import short
+from continual_benchmark.records import Record, read_records
+from continual_benchmark.scores import WAYS, matrices, ways_of
+from continual_benchmark.table import label
+from peft_aso.metrics import average_accuracy
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; a dash and a marker each besides
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
+CJK = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "IPAGothic", "PingFang SC", "Microsoft YaHei")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="figures.py", description="The paper's figures from finished runs.")
-    parser.add_argument("folders", nargs="+", type=Path, help="results folders, or folders that hold them")
+    parser = argparse.ArgumentParser(prog="figures.py", description="Figures of finished runs.")
+    parser.add_argument("paths", nargs="+", type=Path, help="compressed files, or folders of runs")
     parser.add_argument("--out", type=Path, default=Path("runs/continual_benchmark/figures"))
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of runs' names")
     parser.add_argument("--way", choices=WAYS, default="generate", help="how answers were scored")
     return parser.parse_args(arguments)
 
 
 def draw(options: argparse.Namespace) -> list[Path]:
-    """All figures that the runs have the numbers for, one set an order."""
-    runs = [run for run in read_runs(options.folders) if options.way in run.results["summary"]]
-    comparable(runs)
-    options.out.mkdir(parents=True, exist_ok=True)
+    """Draw what the runs have the numbers for, a panel for each order; the files."""
+    runs = [run for run in read_records(options.paths, options.only) if options.way in ways_of(run)]
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in CJK if name in known)]
+    with_psi = [run for run in runs if _psi(run)]
     files = []
-    for order in sorted({run.order for run in runs}):
-        here = [run for run in runs if run.order == order]
-        name = f"order{order}" if order.isdigit() else order
-        for topic, rows_of, draw_one in FIGURES:
-            rows = rows_of(here, options.way)
-            if rows:
-                files += _save(options.out / f"{topic}_{name}", rows, draw_one)
+    # 9 points and more where the picture is 800 pixels wide
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 13}):
+        for name, drawn, panel in (("average_accuracy", runs, _accuracy), ("psi", with_psi, _steps)):
+            if drawn:
+                files.append(options.out / f"{name}.png")
+                _save(files[-1], drawn, panel, options.way)
     return files
 
 
-# what a column of the tables is called beside an axis
-_WORDS = {
-    "AA": "average accuracy, %", "FM": "forgetting, points (lower is better)", "FWT": "forward transfer, points",
-    "loss": "training loss", "similarity": "similarity w", "step": "step",
-}  # fmt: skip
-
-
-_STYLES = ("-", "--", ":", "-.")  # there are ten colours: the eleventh run has the first one's, dashed
-
-
-def _lines(axes: Any, rows: list[Row]) -> None:
-    x, y = ("stage" if "stage" in rows[0] else "step"), list(rows[0])[-1]
-    for index, name in enumerate(dict.fromkeys(row["run"] for row in rows)):
-        own = [row for row in rows if row["run"] == name]
-        places, values = ([row[key] for row in own] for key in (x, y))
-        style, marker = _STYLES[index // 10 % len(_STYLES)], "o" if x == "stage" else ""
-        axes.plot(places, values, linestyle=style, marker=marker, markersize=4, label=name)
-    if x == "stage":
-        tasks = dict(sorted((row["stage"], row["task"]) for row in rows))
-        axes.set_xticks(list(tasks), list(tasks.values()), rotation=30 if len(tasks) > 6 else 0)
-    axes.set(xlabel="after learning" if x == "stage" else "step", ylabel=_WORDS[y])
-    axes.grid(True, alpha=0.3)
-    _legend(axes)
-
-
-def _violins(axes: Any, rows: list[Row]) -> None:
-    y = list(rows[0])[-1]
-    tasks, runs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "run"))
-    for index, name in enumerate(runs):
-        shift = (index - (len(runs) - 1) / 2) * 0.8 / len(runs)
-        groups = [[row[y] for row in rows if (row["run"], row["task"]) == (name, task)] for task in tasks]
-        full = [(place, values) for place, values in enumerate(groups) if len(values) > 1]
-        if full:
-            places, values = zip(*full, strict=True)
-            axes.violinplot(
-                list(values), [place + shift for place in places], widths=0.7 / len(runs), showmedians=True
-            )
-        flat = [(place + shift, value) for place, values in enumerate(groups) for value in values]
-        axes.scatter(*zip(*flat, strict=True), s=6, label=name)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axes.set(ylabel=f"{_WORDS.get(y, y)} to earlier tasks")
-    _legend(axes)
-
-
-def _pairs(axes: Any, rows: list[Row]) -> None:
-    """psi by layer or by step: a colour for each pair of tasks, a dash for each run."""
-    x = "layer" if "layer" in rows[0] else "step"
-    runs = list(dict.fromkeys(row["run"] for row in rows))
-    pairs = list(dict.fromkeys((row["task"], row["earlier"]) for row in rows))
-    for (place, run), (index, (task, earlier)) in itertools.product(enumerate(runs), enumerate(pairs)):
-        own = [row for row in rows if (row["run"], row["task"], row["earlier"]) == (run, task, earlier)]
-        label = f"{task} to {earlier}" + f", {run}" * (len(runs) > 1)
-        style = "default" if x == "layer" else "steps-post"  # it stays as it is until the next refresh
-        dash = _STYLES[(place * math.ceil(len(pairs) / 10) + index // 10) % len(_STYLES)]
-        places, values = ([row[key] for row in own] for key in (x, "psi"))
-        if own:
-            axes.plot(places, values, drawstyle=style, linestyle=dash, color=f"C{index % 10}", label=label)
-    axes.set(xlabel=x if x == "layer" else "step of the task", ylabel="psi")
-    axes.grid(True, alpha=0.3)
-    _legend(axes)
-
-
-def _strengths(axes: Any, rows: list[Row]) -> None:
-    """A line over lambda for each kind of run, with intervals, side by side where lambda is the same."""
-    kinds = list(dict.fromkeys(row["run"] for row in rows))
-    for index, kind in enumerate(kinds):
-        own = [row for row in rows if row["run"] == kind]
-        gaps = [row["difference"] for row in own]
-        places = [row["lambda"] * 1.08 ** (index - (len(kinds) - 1) / 2) for row in own]
-        axes.errorbar(places, gaps, yerr=_reach(own), marker="o", markersize=4, capsize=3, label=kind)
-    axes.axhline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
-    axes.set(xscale="log", xlabel="lambda", ylabel="average accuracy, points above no penalty")
-    axes.grid(True, alpha=0.3)
-    _legend(axes)
-
-
-def _beside_none(axes: Any, rows: list[Row]) -> None:
-    """One line a run, the best on top, soft and hard in colours of their own."""
-    ordered = sorted(rows, key=lambda row: row["difference"])
-    width, height = axes.figure.get_size_inches()
-    names = [textwrap.fill(row["run"], 80) for row in ordered]
-    deepest = max(name.count("\n") for name in names)  # rows are equally far apart
-    axes.figure.set_size_inches(width + 3, max(height / 2, 1.5 + (0.3 + 0.1 * deepest) * len(rows)))
-    for psi in sorted({row["psi"] for row in rows}, reverse=True):
-        own = [(place, row) for place, row in enumerate(ordered) if row["psi"] == psi]
-        places, of_psi = [place for place, _ in own], [row for _, row in own]
-        gaps = [row["difference"] for row in of_psi]
-        axes.errorbar(gaps, places, xerr=_reach(of_psi), fmt="o", markersize=4, capsize=3, label=f"psi {psi}")
-    axes.axvline(0, color="black", linewidth=1, linestyle="--", label="no penalty (IncLoRA)")
-    axes.set_yticks(range(len(ordered)), names, fontsize="small")
-    axes.set(xlabel="average accuracy, points above no penalty")
-    axes.grid(True, axis="x", alpha=0.3)
-    _legend(axes)
-
-
-def _reach(rows: list[Row]) -> list[list[float]]:
-    """How far each difference's interval goes down and up from it."""
-    return [[row["difference"] - row["low"] for row in rows], [row["high"] - row["difference"] for row in rows]]
-
-
-def _legend(axes: Any) -> None:
-    """Below the picture, where it hides nothing, and the picture no smaller for it."""
-    labels = axes.get_legend_handles_labels()[1]
-    width, height = axes.figure.get_size_inches()
-    axes.figure.set_size_inches(width, height + 0.2 * math.ceil(len(labels) / 2))
-    axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-
-
-def _grids(axes: Any, rows: list[Row]) -> None:
-    """One grid a run, in the place of the axes."""
-    runs, figure = list(dict.fromkeys(row["run"] for row in rows)), axes.figure
-    across = math.ceil(math.sqrt(len(runs)))
-    down = math.ceil(len(runs) / across)
-    if len(runs) > 1:
-        axes.remove()
-        figure.set_size_inches(5 * across, 4 * down)
-    places = [axes] if len(runs) == 1 else figure.subplots(down, across, squeeze=False).flat
-    for run, place in itertools.zip_longest(runs, places):
-        if run is None:
-            place.remove()
-        else:
-            _grid(place, [row for row in rows if row["run"] == run])
-
-
-def _grid(axes: Any, rows: list[Row]) -> None:
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    values = {(row["task"], row["other"]): row["similarity"] for row in rows}
-    image = axes.imshow([[values.get((a, b), math.nan) for b in tasks] for a in tasks], vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.figure.colorbar(image, ax=axes, label="similarity of outputs")
-    axes.set_title(rows[0]["run"], fontsize="small")
-
-
-FIGURES: list[tuple[str, RowsOf, Callable[[Any, list[Row]], None]]] = [
-    ("average_accuracy", series.by_stage("AA"), _lines),
-    ("forgetting", series.by_stage("FM"), _lines),
-    ("forward_transfer", series.by_stage("FWT"), _lines),
-    ("loss", series.losses, _lines),
-    ("similarity", series.coefficients("similarity"), _violins),
-    ("psi", series.coefficients("psi"), _violins),
-    ("psi_by_step", series.steps, _pairs),
-    ("psi_by_layer", series.layers, _pairs),
-    ("outputs", series.agreement, _grids),
-    ("penalty_weight", series.by_weight, _strengths),
-    ("penalties", series.by_penalty, _beside_none),
-]
-
-
-def _save(path: Path, rows: list[Row], draw_one: Callable[[Any, list[Row]], None]) -> list[Path]:
-    table = path.with_suffix(".csv")
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def _save(path: Path, runs: list[Record], panel: Any, way: str) -> None:
+    orders = list(dict.fromkeys(short(run["tasks"]) for run in runs))
+    figure = Figure(figsize=(11, 4.8 * -(-len(orders) // 3) + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
-    draw_one(figure.subplots(), rows)
-    pictures = [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
-    for picture in pictures:
-        figure.savefig(picture, dpi=150)
-    return [table, *pictures]
+    columns = min(3, len(orders))
+    grid = figure.subplots(-(-len(orders) // columns), columns, squeeze=False, sharey=True).flat
+    handles: dict[str, Any] = {}
+    names = list(dict.fromkeys(label(run, runs) for run in runs))
+    for order, axes in zip(orders, grid, strict=False):
+        here = [run for run in runs if short(run["tasks"]) == order]
+        panel(axes, here, runs, names, way)
+        axes.set_title(f"order {order}" if order.isdigit() else order, fontsize=13)
+        axes.grid(True, alpha=0.3)
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for axes in list(grid)[len(orders) :]:
+        axes.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _accuracy(axes: Any, runs: list[Record], all_runs: list[Record], names: list[str], way: str) -> None:
+    """Average accuracy after each stage at which all tasks so far were tested."""
+    for run in runs:
+        matrix, place = matrices(run, way, 0)[0][0].tolist(), names.index(label(run, all_runs))
+        done = [at for at in range(len(matrix)) if not any(v != v for v in matrix[at][: at + 1])]
+        axes.plot(
+            [at + 1 for at in done], [average_accuracy(matrix, stage=at) for at in done], label=names[place],
+            color=COLORS[place % 7], linestyle=DASHES[place % 4], marker=MARKERS[place % 7],
+        )  # fmt: skip
+    axes.set_xticks(range(1, len(runs[0]["tasks"]) + 1), runs[0]["tasks"], rotation=30)
+    axes.set(xlabel="after learning", ylabel="average accuracy, %" if axes.get_subplotspec().is_first_col() else "")
+
+
+def _psi(run: Record) -> list[tuple[str, list[float | None]]]:
+    """psi of each task to each earlier one ("amazon to dbpedia") by step, where it comes from a w."""
+    return [
+        (f"{stage['task']} to {name.split('/', 1)[1]}", stage["log"][name.replace("similarity", "psi", 1)])
+        for stage in run["stages"]
+        for name in stage.get("log", {})
+        if name.startswith("similarity/")
+    ]
+
+
+def _steps(axes: Any, runs: list[Record], all_runs: list[Record], names: list[str], way: str) -> None:
+    """psi by step of the later task: a line for each pair of tasks of each run."""
+    pairs = list(dict.fromkeys(name for run in all_runs for name, _ in _psi(run)))
+    for run in runs:
+        for name, values in _psi(run):
+            place = pairs.index(name)
+            shown = f"{name}, {label(run, all_runs)}" if len(names) > 1 else name
+            style = DASHES[(place // 7 + names.index(label(run, all_runs))) % 4]
+            axes.plot(range(1, len(values) + 1), values, style, color=COLORS[place % 7], label=shown)
+    axes.set(xlabel="step", ylabel="psi" if axes.get_subplotspec().is_first_col() else "")
 
 
 if __name__ == "__main__":

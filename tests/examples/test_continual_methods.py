@@ -9,25 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from tests.examples.tiny_tasks import TASKS, settings_of
-from tests.tiny_models import tiny_batch
 
 
 @pytest.fixture
 def started(benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path) -> Any:
-    """A method on a fresh tiny model, and the two tasks; with `second` it is about to learn the second one."""
+    """A method on a fresh tiny model, and the two tasks."""
 
-    def start(method: str, name: str = "llama", second: bool = False, **changes: Any) -> Any:
+    def start(method: str, name: str = "llama", **changes: Any) -> Any:
         settings = settings_of(benchmark, data, saved[name], tmp_path, method=method, **changes)
         found = benchmark("methods").METHODS[method](*sys.modules["tasks"].load_model(str(saved[name])), settings)
-        tasks = benchmark("data").read_tasks(list(TASKS), settings)
-        if second:
-            found.start_task(tasks[0], 0)
-            move(found, 1.0)
-            found.start_task(tasks[1], 1)
-        return found, tasks
+        return found, benchmark("data").read_tasks(list(TASKS), settings)
 
     return start
 
@@ -59,93 +53,74 @@ def test_ewc_is_the_brute_force_penalty(started: Any) -> None:
     move(method)
     weights = method.trained().items()
     penalty = sum((s[name] * (w - a[name]) ** 2).sum() for s, a in expected for name, w in weights)
-    assert method.training_loss({}, []).item() == pytest.approx(3.5 * penalty.item(), rel=1e-3)
+    assert method.training_loss({}, None).item() == pytest.approx(3.5 * penalty.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("scope", ["lora", "full"])
-def test_the_teacher_of_lwf_is_the_model_before_the_task(benchmark: Any, started: Any, scope: str) -> None:
+def test_the_teacher_of_lwf_is_the_model_before_the_task(started: Any, scope: str) -> None:
     method, tasks = started("lwf", scope=scope)
     ids, labels = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0]]), torch.tensor([[-100, -100, 5, 6], [-100, 8, 9, -100]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
-    parts_of, part = benchmark("parts").parts_of, benchmark("parts").Part
-
-    def loss_now() -> Any:
-        model = method.model
-        parts = [part(p, model(**p), p["shift_labels"]) for p in parts_of(model, inputs, method.settings.part)]
-        return method.training_loss(inputs, parts), model(**inputs).logits.detach()
-
     method.start_task(tasks[0], 0)
-    loss, before = loss_now()
-    assert loss is None
+    before = method.model(**inputs)
+    assert method.training_loss(inputs, before) is None
     method.start_task(tasks[1], 1)
-    assert float(loss_now()[0]) == pytest.approx(0, abs=1e-6)
+    assert float(method.training_loss(inputs, before)) == pytest.approx(0, abs=1e-6)
     move(method)
-    assert torch.equal(method.teacher(**inputs).logits, before)
-    loss, after = loss_now()
+    after = method.model(**inputs)
     heat, places = method.settings.lwf_temperature, ([0, 0, 1, 1], [1, 2, 0, 1])
-    theirs, ours = (torch.softmax(each[places].double() / heat, -1) for each in (before, after))
+    theirs, ours = (torch.softmax(each.logits.detach()[places].double() / heat, -1) for each in (before, after))
     expected = (theirs * (theirs / ours).log()).sum(-1).mean() * heat**2
-    assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+    assert float(method.training_loss(inputs, after)) == pytest.approx(float(expected), rel=1e-3)
 
 
-def random_batch(model: Any, shared: int = 0) -> dict[str, torch.Tensor]:
-    """Seven prompts of 1 to 12 tokens after `shared` that all have, with answers."""
-    batch = tiny_batch(model, 7, prompt=(1, 12))
-    same = torch.randint(3, 64, (shared,)).expand(7, -1)
-    before = {"input_ids": same, "attention_mask": torch.ones_like(same)}
-    if not model.config.is_encoder_decoder:
-        before["labels"] = torch.full_like(same, -100)
-    return batch | {name: torch.cat([beginning, batch[name]], 1) for name, beginning in before.items()}
+def test_replay_trains_on_earlier_examples_and_osf_freezes_more_each_task(started: Any) -> None:
+    replay, tasks = started("replay", replay=0.2)
+    assert replay.training_rows(tasks[0]) == tasks[0].train
+    replay.end_task(tasks[0], [])
+    rows = replay.training_rows(tasks[1])
+    assert rows[:10] == tasks[1].train and len(rows) == 12 and set(rows[10:]) <= set(tasks[0].train)
+    osf, tasks = started("osf", osf_rank=0.5)
+    shares = []
+    for index, task in enumerate(tasks):
+        osf.start_task(task, index)
+        shares.append(osf.model.peft_config["default"].effective_rank)
+        osf.end_task(task, [])
+    assert shares == [0.5, 0.75]
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("shared", [0, 11])
-@pytest.mark.parametrize("size", [1, 3, None])
-def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_batch(
-    benchmark: Any, started: Any, tmp_path: Path, name: str, size: int | None, shared: int
-) -> None:
-    method, _ = started("aso_lora", name, second=True)
-    batch = random_batch(method.model, shared)
-    targets = batch["labels"] if name == "t5" else batch["labels"][:, 1:]
-    method.model.double().train()
-    trained = list(method.trained().values())
-    found = []
-    for kind in (Trainer, benchmark("methods.base").LossTrainer):
-        trainer = kind(model=method.model, args=TrainingArguments(output_dir=str(tmp_path), report_to=[]))
-        trainer.method, trainer.part_size = method, size
-        loss = trainer.compute_loss(method.model, dict(batch), num_items_in_batch=(targets != -100).sum())
-        found.append((loss, torch.autograd.grad(loss, trained, allow_unused=True)))
-    torch.testing.assert_close(found[0], found[1], atol=1e-7, rtol=1e-4)  # norms are float32
-
-
-def test_the_penalty_is_there_once(started: Any, tmp_path: Path) -> None:
-    method, _ = started("aso_lora", second=True, similarity="none", penalty_weight=(0.3,))
-    batch = random_batch(method.model)
+def test_what_a_method_adds_is_in_the_loss_once(started: Any, tmp_path: Path) -> None:
+    method, _ = started("lwf")
+    method.training_loss = lambda inputs, outputs: torch.tensor(5.0)
     trainer = method.trainer(model=method.model, args=TrainingArguments(output_dir=str(tmp_path), report_to=[]))
-    trainer.current_gradient_accumulation_steps = 1  # as within a training step
+    trainer.method = method
+    ids = torch.tensor([[3, 4, 5, 6]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids < 5, -100)}
+    alone = float(method.model.eval()(**batch).loss)
+    assert float(trainer.compute_loss(method.model, dict(batch))) == pytest.approx(alone), "in training only"
     method.model.train()
-    loss = trainer.compute_loss(method.model, dict(batch), num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
-    alone, penalty = method.model(**batch).loss, method.model.base_model.orthogonality_penalty()
-    assert loss.item() == pytest.approx((alone + 0.3 * penalty).item(), rel=1e-5)
+    assert float(trainer.compute_loss(method.model, dict(batch))) == pytest.approx(alone + 5)
+    half = float(trainer.compute_loss(method.model, dict(batch), num_items_in_batch=torch.tensor(4)))
+    assert half == pytest.approx((alone + 5) / 2), "a micro-batch with two of the step's four tokens"
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("kind", ["aso_lora", "lwf"])
-def test_a_step_in_micro_batches_is_the_complete_step(benchmark: Any, started: Any, name: str, kind: str) -> None:
+def test_a_step_in_micro_batches_is_the_complete_step(benchmark: Any, started: Any, kind: str) -> None:
     """Ten examples with answers of unlike lengths in steps of four: the last step is of two."""
 
-    def logs(size: int | None) -> list[Any]:
+    def logs(size: int | None) -> dict[str, list[float]]:
         torch.manual_seed(0)
-        method, tasks = started(kind, name, batch_size=4, micro_batch=size)
+        method, tasks = started(kind, batch_size=4, micro_batch=size)
         method.model.double()
-        found = []
+        found: dict[str, list[float]] = {"loss": [], "grad_norm": []}
         for index, task in enumerate(tasks):
             rows = [(prompt, answer + " good" * (at % 3)) for at, (prompt, answer) in enumerate(task.train)]
-            task = dataclasses.replace(task, train=rows)
-            found += benchmark("training").learn(method, task, index, method.settings)
-        return [{key: log[key] for key in ("loss", "grad_norm", "task_loss") if key in log} for log in found]
+            log = benchmark("training").learn(method, dataclasses.replace(task, train=rows), index, method.settings)
+            for name in found:
+                found[name] += log[name]
+        return found
 
     complete = logs(None)
-    assert len(complete) == 6 and len(complete[-1]) == 3
+    assert len(complete["loss"]) == 6
     for size in (1, 2):
-        assert logs(size) == [pytest.approx(log, rel=1e-4) for log in complete]
+        assert logs(size) == {name: pytest.approx(values, rel=1e-4) for name, values in complete.items()}

@@ -1,4 +1,4 @@
-"""The methods, by the names that the command line has for them."""
+"""The methods, by the names that the command line has for them. To add one: write its file, and name it here."""
 
 from __future__ import annotations
 

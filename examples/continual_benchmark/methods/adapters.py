@@ -1,72 +1,100 @@
-"""One adapter a task, earlier ones frozen: ASO-LoRA, O-LoRA and IncLoRA, which are one code path."""
+"""One adapter a task, earlier ones frozen: ASO-LoRA, O-LoRA and IncLoRA, which are one code path of peft_aso."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import get_peft_model
-from tasks import AnswerDataset, Task
-from transformers import DataCollatorForSeq2Seq, Trainer
+from tasks import Task
 
-from peft_aso import (
-    ASOLoraConfig,
-    ASOTrainerMixin,
-    AttributionConfig,
-    load_chain,
-    save_chain,
-)
+from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, load_chain, save_chain
 
-from ..parts import InPartsMixin
 from .base import Method
-from .gradients import PenaltyGradient
 
-_FEW, _BATCH = 64, 16  # examples that `few_batches` gives, and how many in a batch
+_STARTS: dict[str, Any] = {"default": False, "projected": True, "inputs_hard": "inputs"}
 
 
-class PenaltyTrainer(ASOTrainerMixin, InPartsMixin, Trainer):
-    """`ASOTrainer`, in parts."""
+@dataclass(frozen=True)
+class IncSettings:
+    """What all three have."""
+
+    init: Literal["default", "projected", "inputs_hard"] = field(
+        default="default",
+        metadata={
+            "help": "How A starts: as PEFT has it; that projected out of the history's rows; the task's own input "
+            "directions, projected out of the history's rows."
+        },
+    )
+    fixed_a: bool = field(default=False, metadata={"help": "A does not train, only B; there is no penalty then."})
+
+
+@dataclass(frozen=True)
+class OLoRASettings(IncSettings):
+    penalty_weight: float | None = field(
+        default=None, metadata={"help": "lambda; 0.05, and 0.5 for the penalty l1, unless given."}
+    )
+
+
+@dataclass(frozen=True)
+class ASOSettings(OLoRASettings):
+    penalty: Literal["squared", "l1"] = field(default="squared", metadata={"help": "The penalty (Eq. 7)."})
+    attribution_model: Literal["auto", "cumulative", "task"] = field(
+        default="auto", metadata={"help": "What the model of a task is: with its history, or its adapter alone."}
+    )
+    aggregation: Literal["per_example", "mean"] = field(
+        default="per_example", metadata={"help": "Compare example by example, or the means over the probe."}
+    )
+    similarity: Literal["spearman", "pearson", "cosine", "none"] = field(
+        default="spearman", metadata={"help": "w (Eq. 13); none: psi = 1, hard orthogonality."}
+    )
+    granularity: Literal["task", "layer"] = field(
+        default="task", metadata={"help": "One psi for each earlier task, or one for each layer, too."}
+    )
+    source: Literal["current", "stored"] = field(
+        default="current", metadata={"help": "The history's vectors: on the new task's data, or stored ones."}
+    )
+    refresh: float = field(
+        default=0.25,
+        metadata={"help": "Fraction of a run, or steps, between two refreshes of psi (AttributionConfig: 0.1)."},
+    )
+    probe: int = field(default=8, metadata={"help": "Examples that attribution reads (AttributionConfig: 16)."})
+    steps: int = field(default=20, metadata={"help": "m of the integral (Eq. 11)."})
+    quadrature: Literal["adaptive", "riemann", "gauss_legendre"] = field(
+        default="adaptive", metadata={"help": "Rule of the integral."}
+    )
 
 
 class ASOLoRA(Method):
     """Soft orthogonality: the more the knowledge neurons of two tasks agree, the weaker the push apart."""
 
     title = "ASO-LoRA"
-    trainer = PenaltyTrainer
+    Settings = ASOSettings
+    trainer = ASOTrainer
 
-    @classmethod
-    def first_stage(cls, settings: Any) -> dict[str, Any]:
-        """A first task has no history: how A starts, lambda_2 and which vectors are stored is all that matters."""
-        vectors = settings.similarity != "none" and {name: getattr(settings, name) for name in _VECTORS}
-        start = "default" if settings.init == "projected" else settings.init
-        unusual = {name: found for name, usual in _USUAL.items() if (found := getattr(settings, name)) != usual}
-        return {"adapters": start, "vectors": vectors, **unusual}
-
-    def config(self, index: int) -> ASOLoraConfig:
-        """The settings of task number `index`."""
+    def config(self) -> ASOLoraConfig:
+        """The settings of a task's adapter."""
         chosen = self.settings
-        weights = chosen.penalty_weight
         return ASOLoraConfig(
-            **{name: value for name, value in self.lora().to_dict().items() if name in _LORA},
-            forward_history=chosen.forward_history,
+            r=chosen.rank,
+            lora_alpha=chosen.alpha,
+            lora_dropout=chosen.dropout,
+            target_modules=self.targets(),
+            task_type="SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM",
             penalty=chosen.penalty,
-            penalty_weight=None if weights is None else weights[index if len(weights) > 1 else 0],
-            l2_weight=chosen.l2_weight,
-            project_init=_STARTS.get(chosen.init, False),
+            penalty_weight=chosen.penalty_weight,
+            project_init=_STARTS[chosen.init],
             train_a=not chosen.fixed_a,
             attribution=AttributionConfig(
-                neurons=None if chosen.neurons is None else list(chosen.neurons),
-                stacks=chosen.stacks,
                 steps=chosen.steps,
                 quadrature=chosen.quadrature,
                 attribution_model=chosen.attribution_model,
                 aggregation=chosen.aggregation,
-                absolute=chosen.absolute,
                 similarity=chosen.similarity,
                 granularity=chosen.granularity,
                 source=chosen.source,
-                clip=chosen.clip,
                 refresh=chosen.refresh,
                 probe_size=chosen.probe,
             ),
@@ -74,21 +102,10 @@ class ASOLoRA(Method):
 
     def start_task(self, task: Task, index: int) -> None:
         if index == 0:
-            self.model = get_peft_model(self.model, self.config(index), adapter_name=task.name)
+            self.model = get_peft_model(self.model, self.config(), adapter_name=task.name)
         else:
-            self.model.add_adapter(task.name, self.config(index))
+            self.model.add_adapter(task.name, self.config())
             self.model.set_adapter(task.name)
-
-    def few_batches(self, task: Task) -> list[dict[str, Any]]:
-        """The first examples of a task, collated."""
-        chosen = self.settings
-        rows = AnswerDataset(task.train[:_FEW], self.tokenizer, self.seq2seq, chosen.max_tokens)
-        collate = DataCollatorForSeq2Seq(self.tokenizer, padding=True)
-        parts = [[rows[i] for i in range(at, min(at + _BATCH, len(rows)))] for at in range(0, len(rows), _BATCH)]
-        return [{name: value.to(self.device) for name, value in collate(part).items()} for part in parts]
-
-    def callbacks(self) -> list[Any]:
-        return [PenaltyGradient()] if self.settings.diagnose else []
 
     def facts(self, task: Task) -> dict[str, Any]:
         config = self.model.peft_config[task.name]
@@ -101,23 +118,14 @@ class ASOLoRA(Method):
         self.model = load_chain(self.model, folder / "chain")
 
 
-_STARTS = {"projected": True, "inputs_hard": "inputs"}
-_VECTORS = ("steps", "quadrature", "probe", "aggregation", "attribution_model", "source")
-_USUAL = {"fixed_a": False, "l2_weight": 0.0, "neurons": None, "stacks": "all"}  # counts where it is something else
-_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "task_type")
-
-
 class OLoRA(ASOLoRA):
     """Hard orthogonality, as published: psi is 1 and the penalty a sum of absolute values."""
 
     title = "O-LoRA"
+    Settings = OLoRASettings
 
-    @classmethod
-    def first_stage(cls, settings: Any) -> dict[str, Any]:
-        return {**super().first_stage(settings), "vectors": False}
-
-    def config(self, index: int) -> ASOLoraConfig:
-        found = super().config(index)
+    def config(self) -> ASOLoraConfig:
+        found = super().config()
         found.attribution.similarity, found.penalty = "none", "l1"
         return found
 
@@ -126,12 +134,9 @@ class IncLoRA(ASOLoRA):
     """No penalty."""
 
     title = "IncLoRA"
+    Settings = IncSettings
 
-    @classmethod
-    def first_stage(cls, settings: Any) -> dict[str, Any]:
-        return {**super().first_stage(settings), "vectors": False}
-
-    def config(self, index: int) -> ASOLoraConfig:
-        found = super().config(index)
+    def config(self) -> ASOLoraConfig:
+        found = super().config()
         found.attribution.similarity, found.penalty_weight = "none", 0.0
         return found

@@ -1,4 +1,4 @@
-"""A model a task, which forgets nothing and needs the task's name: the bound."""
+"""A model a task, which forgets nothing and has to be told the task: the bound."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class PerTaskFT(Method):
         self.untouched = copy.deepcopy(model.state_dict())
 
     @classmethod
-    def scope_of(cls, settings: Any) -> str:
-        return "full"
+    def trains_all(cls, settings: Any) -> bool:
+        return True
 
     def start_task(self, task: Task, index: int) -> None:
         self.model.load_state_dict(self.untouched)

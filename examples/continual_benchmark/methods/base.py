@@ -1,9 +1,9 @@
-"""What a method is asked at the four points of a chain: a task starts, a loss is taken, a task ends, a test comes."""
+"""What a method does at the four points of a chain: a task starts, a loss is taken, a task ends, a test comes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,61 +15,47 @@ from tasks import Task
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from ..parts import InPartsMixin, Inputs, Part, takes_parts
-
 if TYPE_CHECKING:
     from ..settings import Settings
 
 
-class LossTrainer(InPartsMixin, Trainer):
+class MethodTrainer(Trainer):
     """transformers' Trainer with what the method adds to the loss."""
 
     method: Method
-    task_loss: torch.Tensor | None = None  # of this step so far, if the method adds to it
 
     def compute_loss(
-        self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, parts = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training:
-            if self.args.gradient_accumulation_steps > 1 and not takes_parts(model):
-                loss = _share(parts, num_items_in_batch) * _mean_loss(parts)  # T5 gives the mean, whatever it is told
-            more = self.method.training_loss(inputs, parts)
-            if more is not None:
-                self.task_loss = loss.detach() + (0 if self.task_loss is None else self.task_loss)
-                loss = loss + _share(parts, num_items_in_batch) * more
-        return (loss, parts) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the task's own loss where the method added to it."""
-        if "loss" in logs and self.task_loss is not None:
-            logs, self.task_loss = {**logs, "task_loss": float(self.task_loss)}, None
-        super().log(logs, *args, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        more = self.method.training_loss(inputs, outputs) if model.training else None
+        if more is not None:
+            # of the step's answer tokens, how many are in this micro-batch
+            share = 1 if num_items_in_batch is None else (inputs["labels"] != -100).sum() / num_items_in_batch
+            loss = loss + share * more
+        return (loss, outputs) if return_outputs else loss
 
 
-def _share(parts: list[Part], step_tokens: Any) -> Any:
-    """How much of a step's answer tokens are in this batch; all where a step is one batch."""
-    return 1 if step_tokens is None else sum((part.targets != -100).sum() for part in parts) / step_tokens
-
-
-def _mean_loss(parts: list[Part]) -> torch.Tensor:
-    """Over all tokens of the answers."""
-    said = torch.cat([part.answers(part.outputs.logits).float() for part in parts])
-    return torch.nn.functional.cross_entropy(said, torch.cat([part.answers(part.targets) for part in parts]))
+@dataclass(frozen=True)
+class NoSettings:
+    """A method without settings of its own."""
 
 
 class Method:
-    """A way to learn tasks one after another. Subclasses say what is their own and inherit the rest: nothing.
+    """A way to learn tasks one after another. Subclasses define what differs; this one trains nothing.
 
     Attributes:
         title: its name in tables.
-        model: what is trained and tested; a method sets it anew where a task asks for more weights.
+        Settings: a frozen dataclass of its own options, each with a default and `metadata={"help": ...}`.
+        trainer: the Trainer that trains it.
         alone: every task has a model of its own, so that no order matters.
+        model: what is trained and tested; a method sets it anew where a task needs more weights.
     """
 
     title = ""
+    Settings: type = NoSettings
+    trainer: type[Trainer] = MethodTrainer
     alone = False
-    trainer: type[Trainer] = LossTrainer
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
@@ -77,18 +63,13 @@ class Method:
         self.device = model.device
 
     @classmethod
-    def scope_of(cls, settings: Settings) -> str:
-        """What is trained: "lora" or "full"."""
-        return "lora"
-
-    @classmethod
-    def first_stage(cls, settings: Settings) -> dict[str, Any] | None:
-        """What the first stage depends on beside the training's settings; None: runs do not share it."""
-        return None
+    def trains_all(cls, settings: Settings) -> bool:
+        """Whether all weights are trained, rather than adapters."""
+        return False
 
     @property
     def learning_rate(self) -> float:
-        return self.settings.lr if self.scope_of(self.settings) == "lora" else self.settings.lr_full
+        return self.settings.lr_full if self.trains_all(self.settings) else self.settings.lr
 
     # ---- the four points ------------------------------------------------------------------------------------------
 
@@ -96,74 +77,70 @@ class Method:
         """Before the training on task number `index`."""
 
     def training_rows(self, task: Task) -> list[tuple[str, str]]:
-        """What is trained on."""
+        """Prompts and answers to train on."""
         return task.train
 
-    def training_loss(self, inputs: Inputs, parts: list[Part]) -> torch.Tensor | None:
-        """What comes to the loss of the batch `inputs`, which went through the model in these parts: the mean over its
-        answers' tokens, or what is the same for any batch."""
+    def training_loss(self, inputs: dict[str, Any], outputs: Any) -> torch.Tensor | None:
+        """What is added to the loss of a batch, a mean over its answers' tokens; None: nothing."""
         return None
 
     def end_task(self, task: Task, examples: Dataset[Any]) -> None:
         """After the training, with the tokenized examples that it had."""
 
-    @contextmanager
-    def predict(self, task: Task) -> Iterator[Any]:
-        """The model that answers; the task's name is there for methods that need it, and most do not."""
-        yield self.model
+    def predict(self, task: Task) -> Any:
+        """The model that answers; the task is given for methods that need to know it, and most do not."""
+        return self.model
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """What else is worth writing down about the task that has just ended, as JSON."""
+        """What else belongs into the record of the task that has just ended, as JSON."""
         return {}
-
-    def callbacks(self) -> list[Any]:
-        """What else the Trainer should call."""
-        return []
 
     # ---- going on after a stop ------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """Write what the next task needs."""
-        tensors = {name: p.detach().contiguous().cpu() for name, p in self.trained().items()}
-        save_file(
-            {**tensors, **{f"method.{name}": value for name, value in self.memory().items()}},
-            folder / "model.safetensors",
-        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state().items()}
+        save_file(tensors, folder / "model.safetensors")
 
+    @torch.no_grad()
     def restore(self, folder: Path, learned: Sequence[Task]) -> None:
         """Be as `save` found it, `learned` being the tasks until then."""
-        tensors = load_file(folder / "model.safetensors")
-        trained = self.trained()
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors.pop(name))
-        self.remember({name.removeprefix("method."): value for name, value in tensors.items()}, learned)
+        self.load_state(load_file(folder / "model.safetensors"), learned)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors to save: the trained weights, and in subclasses what the method remembers."""
+        return dict(self.trained())
+
+    def load_state(self, tensors: dict[str, torch.Tensor], learned: Sequence[Task]) -> None:
+        """The opposite of `state`."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(tensors[name])
+
+    # ---- what methods share -----------------------------------------------------------------------------------------
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The weights that are trained, by name; tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def memory(self) -> dict[str, torch.Tensor]:
-        """What the method keeps beside weights."""
-        return {}
-
-    def remember(self, memory: dict[str, torch.Tensor], learned: Sequence[Task]) -> None:
-        """The opposite of `memory`."""
+    def answers(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The rows `(tokens, vocabulary)` of `logits` that predict a token of an answer, in float32."""
+        if self.seq2seq:
+            return logits[labels != -100].float()
+        return logits[:, :-1][labels[:, 1:] != -100].float()
 
     def targets(self) -> list[str]:
-        """The modules that adapters are put on: the run's, or those that PEFT has for LoRA on this architecture."""
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-            self.model.config.model_type, ["q_proj", "v_proj"]
-        )
-        return list(self.settings.target_modules or known)
+        """The modules that adapters are put on: the run's, or PEFT's for LoRA on this architecture."""
+        if self.settings.target_modules:
+            return self.settings.target_modules.split(",")
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        return list(known.get(self.model.config.model_type, ["q_proj", "v_proj"]))
 
     def lora(self) -> LoraConfig:
         """Stock LoRA with the run's settings."""
-        chosen = self.settings
         return LoraConfig(
-            r=chosen.rank,
-            lora_alpha=chosen.alpha,
-            lora_dropout=chosen.dropout,
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            lora_dropout=self.settings.dropout,
             target_modules=self.targets(),
             task_type="SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM",
         )

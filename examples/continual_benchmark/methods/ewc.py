@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tasks import Task
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from ..parts import Inputs, Part
-from .sequential import Sequential
+from .sequential import ScopeSettings, Sequential
+
+
+@dataclass(frozen=True)
+class EWCSettings(ScopeSettings):
+    ewc_weight: float = field(default=1000.0, metadata={"help": "Weight of EWC's penalty."})
+    ewc_examples: int = field(default=100, metadata={"help": "Examples a task for EWC's Fisher information."})
 
 
 class EWC(Sequential):
@@ -22,54 +27,48 @@ class EWC(Sequential):
     """
 
     title = "EWC"
+    Settings = EWCSettings
 
     def __init__(self, model: Any, tokenizer: Any, settings: Any) -> None:
         super().__init__(model, tokenizer, settings)
-        self.sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of F_t, and of F_t theta_t
-        self.constant = torch.zeros((), device=self.device)  # of F_t theta_t^2
+        self.fisher: dict[str, torch.Tensor] = {}  # sum of F_t, by weight
+        self.anchored: dict[str, torch.Tensor] = {}  # sum of F_t theta_t
+        self.constant = torch.zeros((), device=self.device)  # sum of F_t theta_t^2
 
-    def training_loss(self, inputs: Inputs, parts: list[Part]) -> torch.Tensor | None:
-        if not self.sums:
+    def training_loss(self, inputs: dict[str, Any], outputs: Any) -> torch.Tensor | None:
+        if not self.fisher:
             return None
-        parts = []
-        for name, weight in self.trained().items():
-            fisher, anchored = self.sums[name]
-            parts.append((fisher * weight * weight - 2 * anchored * weight).sum())
-        return self.settings.ewc_weight / 2 * (torch.stack(parts).sum() + self.constant)
+        trained = self.trained().items()
+        sums = [(self.fisher[name] * w * w - 2 * self.anchored[name] * w).sum() for name, w in trained]
+        return self.settings.ewc_weight / 2 * (torch.stack(sums).sum() + self.constant)
 
     def end_task(self, task: Task, examples: Dataset[Any]) -> None:
-        fisher = self.fisher(examples)
-        for name, weight in self.trained().items():
-            theta, own = weight.detach(), fisher[name]
-            total, anchored = self.sums.get(name, (torch.zeros_like(theta), torch.zeros_like(theta)))
-            self.sums[name] = (total + own, anchored + own * theta)
-            self.constant += (own * theta * theta).sum()
-
-    def fisher(self, examples: Dataset[Any]) -> dict[str, torch.Tensor]:
-        """Mean over examples of the squared gradient of log P(answer given prompt), for each weight."""
-        count = min(self.settings.ewc_examples, len(examples))  # type: ignore[arg-type]
-        trained = self.trained()
-        found = {name: torch.zeros_like(weight) for name, weight in trained.items()}
+        """Add the task's Fisher information: the mean squared gradient of log P(answer given prompt)."""
+        count, trained = min(self.settings.ewc_examples, len(examples)), self.trained()  # type: ignore[arg-type]
+        fisher = {name: torch.zeros_like(weight) for name, weight in trained.items()}
         self.model.eval()
-        for index in tqdm(range(count), desc="Fisher information", unit="example", leave=False):
-            example = examples[index]
-            batch = {name: torch.tensor([values], device=self.device) for name, values in example.items()}
+        for index in range(count):
+            batch = {name: torch.tensor([row], device=self.device) for name, row in examples[index].items()}
             answer = batch["labels"] if self.seq2seq else batch["labels"][:, 1:]
-            tokens = int((answer != -100).sum())
-            gradients = torch.autograd.grad(self.model(**batch).loss * tokens, list(trained.values()))
-            for total, gradient in zip(found.values(), gradients, strict=True):
+            loss = self.model(**batch).loss * (answer != -100).sum()
+            for total, gradient in zip(
+                fisher.values(), torch.autograd.grad(loss, list(trained.values())), strict=True
+            ):
                 total.addcmul_(gradient, gradient, value=1 / count)
         self.model.train()
-        return found
+        for name, weight in trained.items():
+            own, theta = fisher[name], weight.detach()
+            self.fisher[name] = self.fisher.get(name, 0) + own
+            self.anchored[name] = self.anchored.get(name, 0) + own * theta
+            self.constant += (own * theta * theta).sum()
 
-    def memory(self) -> dict[str, torch.Tensor]:
-        found = {"constant": self.constant}
-        for name, (fisher, anchored) in self.sums.items():
-            found[f"fisher.{name}"], found[f"anchored.{name}"] = fisher, anchored
-        return {name: value.cpu().contiguous() for name, value in found.items()}
+    def state(self) -> dict[str, torch.Tensor]:
+        fisher = {f"fisher.{name}": value for name, value in self.fisher.items()}
+        anchored = {f"anchored.{name}": value for name, value in self.anchored.items()}
+        return {**super().state(), **fisher, **anchored, "constant": self.constant}
 
-    def remember(self, memory: dict[str, torch.Tensor], learned: Sequence[Task]) -> None:
-        memory = {name: value.to(self.device) for name, value in memory.items()}
-        self.constant = memory.pop("constant")
-        names = [name.removeprefix("fisher.") for name in memory if name.startswith("fisher.")]
-        self.sums = {name: (memory[f"fisher.{name}"], memory[f"anchored.{name}"]) for name in names}
+    def load_state(self, tensors: dict[str, torch.Tensor], learned: Sequence[Task]) -> None:
+        super().load_state(tensors, learned)
+        self.fisher = {name: tensors[f"fisher.{name}"].to(self.device) for name in self.trained()}
+        self.anchored = {name: tensors[f"anchored.{name}"].to(self.device) for name in self.trained()}
+        self.constant = tensors["constant"].to(self.device)

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import OSFConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from tasks import Task
 from torch.utils.data import Dataset
 
 from .base import Method
 
 
-class OSF(Method):
-    """After each task the weights are decomposed anew, and more of the directions are kept.
+@dataclass(frozen=True)
+class OSFSettings:
+    osf_rank: float = field(
+        default=0.5,
+        metadata={"help": "Part of the singular directions that OSF freezes for the first task; grows to 1."},
+    )
 
-    PEFT projects the gradients; Adam, which is in all methods here, then takes a step that lies partly along kept
+
+class OSF(Method):
+    """After each task the weights are decomposed anew, and more of the directions are frozen.
+
+    PEFT projects the gradients; Adam, which is in all methods here, then takes a step that lies partly along frozen
     directions.
     """
 
     title = "OSF"
+    Settings = OSFSettings
 
     @property
     def learning_rate(self) -> float:
-        return self.settings.lr_full  # singular values and vectors of whole matrices are trained
+        return self.settings.lr_full  # singular values and vectors of complete matrices are trained
 
     def start_task(self, task: Task, index: int) -> None:
-        config = OSFConfig(effective_rank=self.kept(index), target_modules=self.targets())
-        self.model = get_peft_model(self.model, config)
-
-    def kept(self, index: int) -> float:
-        """The part of the directions that task number `index` may not touch: a half, then ever more."""
-        free = 1 - self.settings.osf_rank
-        return 1 - free / (index + 1)
+        frozen = 1 - (1 - self.settings.osf_rank) / (index + 1)  # half of the directions, then ever more
+        self.model = get_peft_model(self.model, OSFConfig(effective_rank=frozen, target_modules=self.targets()))
 
     def end_task(self, task: Task, examples: Dataset[Any]) -> None:
         self.model = self.model.merge_and_unload()
 
-    def save(self, folder: Path) -> None:
-        save_file(
-            {name: p.detach().contiguous() for name, p in self.model.named_parameters()}, folder / "model.safetensors"
-        )
-
-    def restore(self, folder: Path, learned: Sequence[Task]) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[name])
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.model.named_parameters())  # merged after each task
