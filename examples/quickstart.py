@@ -140,16 +140,14 @@ def accuracy(stages: list[list[str]]) -> list[list[float | None]]:
 def report(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any]) -> None:
     """Print the tables."""
     width = max(9, *(len(name) + 2 for name in names))
-    print("\n" + "Accuracy (%), no task label given".ljust(41) + "".join(name.rjust(width) for name in names))
+    print("\nAccuracy (%)".ljust(29) + "".join(name.rjust(width) for name in (*names, "AA", "FM", "BWT")))
     for way, matrix in matrices.items():
         learned = [row[stage] for stage, row in enumerate(matrix)]
-        for when, row in (("right after learning", learned), ("at the end", matrix[-1])):
-            print(f"{way}, {when}".ljust(41) + "".join(f"{value:{width}.1f}" for value in row))
-    print("\n" + " " * 41 + "".join(name.rjust(width) for name in ("AA", "FM", "BWT")))
-    for way, matrix in matrices.items():
-        values = average_accuracy(matrix), forgetting(matrix), backward_transfer(matrix)
-        print(way.ljust(41) + "".join(f"{value + 0.0:{width}.1f}" for value in values))
-    print("(AA: average at the end. FM: forgetting, lower is better. BWT: backward transfer, higher is better.)")
+        end = [*matrix[-1], average_accuracy(matrix), forgetting(matrix), backward_transfer(matrix)]
+        print(way)
+        for when, row in (("  right after learning", learned), ("  at the end", end)):
+            print(when.ljust(28) + "".join(f"{value + 0.0:{width}.1f}" for value in row))
+    print("(No task label given. AA: average at the end. FM: forgetting. BWT: backward transfer.)")
     print("\nSimilarity w of each task to the earlier ones (the penalty on a pair has the weight psi = 1 - w)")
     for task, row in similarities.items():
         print(task.ljust(width) + "   ".join(f"{old} {value:.2f}" for old, value in row.items()))
@@ -159,7 +157,7 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
     """The picture: accuracy of each task after each stage, and the similarity of each pair."""
     # the installed fonts that have Chinese, Japanese and Korean characters
     asian = [font for font in get_font_names() if any(part in font for part in ("CJK", "Han Sans", "Hei", "Gothic"))]
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *asian]}):
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *asian], "axes.titlesize": 10}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
         columns = math.ceil(math.sqrt(len(names)))
@@ -171,7 +169,7 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
             for way, matrix in matrices.items():
                 colour, line = LINES[way]
                 ax.plot(stages[task:], [row[task] for row in matrix[task:]], line, color=colour, label=way)
-            ax.set_title(f"{task + 1}. {names[task]}", parse_math=False, fontsize=10)
+            ax.set_title(f"{task + 1}. {names[task]}", parse_math=False)
             ax.set(xticks=stages, xlim=(0.7, len(names) + 0.3), ylim=(0, 105))
             ax.grid(axis="y", alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
