@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,26 @@ import transformers
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from peft import LoraConfig, get_peft_model
-from tasks import AnswerDataset, Task, best_device, bf16_is_faster, generated_answers, load_model, read_task
+from tasks import AnswerDataset, Task, best_device, bf16_is_faster, generate_answers, load_model, read_task, task_names
 from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, export_lora, plots, save_chain
 from peft_aso.metrics import average_accuracy, backward_transfer, forgetting
 
 SINGLE, CHAIN = "one adapter for all tasks", "chain of adapters"
-LINES = {SINGLE: ("#D55E00", "s--"), CHAIN: ("#0072B2", "o-")}  # colour-blind readers can tell them apart
+Stages = list[list[str]]  # after each stage what `test` returns
+LINES = {SINGLE: {"color": "#D55E00", "marker": "s", "ls": "--"}, CHAIN: {"color": "#0072B2", "marker": "o"}}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="a folder of task folders")
-    parser.add_argument("--tasks", default="mood,topic,urgency,wish", help="names, in the order to learn them")
+    parser.add_argument("--tasks", help="names, comma-separated, in the order to learn them (default: all)")
     parser.add_argument("--model", default="smollm2", help="folder or Hub id of a causal or seq2seq model")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results are written")
     parser.add_argument("--train-limit", type=int, help="at most this many training examples per task")
     parser.add_argument("--test-limit", type=int, help="at most this many test examples per task")
-    parser.add_argument("--epochs", type=float, default=2.5)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
@@ -51,13 +51,12 @@ def parse() -> argparse.Namespace:
 
 
 def lora(base: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of every adapter."""
     task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     return {"r": args.rank, "lora_alpha": 4 * args.rank, "lora_dropout": 0.1, "task_type": task_type}
 
 
-def learn_with_one_adapter(base: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace) -> list[list[str]]:
-    """Stock PEFT: one adapter, trained on task after task. Returns `test` after each stage."""
+def learn_with_one_adapter(base: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace) -> Stages:
+    """Stock PEFT: one adapter, trained on task after task."""
     model = get_peft_model(base, LoraConfig(**lora(base, args)))
     stages = []
     for task in tasks:
@@ -68,10 +67,8 @@ def learn_with_one_adapter(base: Any, tokenizer: Any, tasks: list[Task], args: a
     return stages
 
 
-def learn_with_a_chain(
-    base: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace
-) -> tuple[list[list[str]], Any]:
-    """peft-aso: an adapter per task, on top of the earlier ones. Returns `test` after each stage, and the model."""
+def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace) -> tuple[Stages, Any]:
+    """peft-aso: an adapter per task, on top of the earlier ones. Returns the model, too."""
     model, stages = None, []
     for task in tasks:
         print(f"\n{CHAIN}, stage {len(stages) + 1} of {len(tasks)}: {task.name}", flush=True)
@@ -124,14 +121,14 @@ def test(model: Any, tokenizer: Any, tasks: list[Task]) -> list[str]:
     """For each task a string with a character per question: 1 if the generated answer is right, 0 if not."""
     found = []
     for task in tasks:
-        answers = generated_answers(model, tokenizer, task, desc=f"test {task.name}")
+        answers = generate_answers(model, tokenizer, task, desc=f"test {task.name}")
         right = [given.strip() == answer.strip() for given, (_, answer) in zip(answers, task.test, strict=True)]
         found.append("".join(str(int(each)) for each in right))
         print(f"  {task.name}: {sum(right)} of {len(right)} right", flush=True)
     return found
 
 
-def accuracy(stages: list[list[str]]) -> list[list[float | None]]:
+def accuracy(stages: Stages) -> list[list[float | None]]:
     """The accuracy matrix of `peft_aso.metrics`, in percent: row the stage, column the task, None if not tested."""
     rows = [[100 * right.count("1") / len(right) for right in row] for row in stages]
     return [row + [None] * (len(rows) - len(row)) for row in rows]
@@ -160,19 +157,17 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
     with matplotlib.rc_context({"font.family": ["DejaVu Sans", *asian], "axes.titlesize": 10}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
-        columns = math.ceil(math.sqrt(len(names)))
-        axes = left.subplots(math.ceil(len(names) / columns), columns, sharex=True, sharey=True, squeeze=False)
-        stages = range(1, len(names) + 1)
-        for ax in axes.flat[len(names) :]:
-            ax.remove()
+        rows = math.isqrt(len(names))
+        axes = left.subplots(rows, math.ceil(len(names) / rows), sharex=True, sharey=True, squeeze=False)
         for task, ax in enumerate(axes.flat[: len(names)]):
             for way, matrix in matrices.items():
-                colour, line = LINES[way]
-                ax.plot(stages[task:], [row[task] for row in matrix[task:]], line, color=colour, label=way)
+                ax.plot(range(task + 1, len(names) + 1), [row[task] for row in matrix[task:]], label=way, **LINES[way])
             ax.set_title(f"{task + 1}. {names[task]}", parse_math=False)
-            ax.set(xticks=stages, xlim=(0.7, len(names) + 0.3), ylim=(0, 105))
+            ax.set(xticks=range(1, len(names) + 1), xlim=(0.7, len(names) + 0.3), ylim=(0, 105))
             ax.grid(axis="y", alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
+        for ax in axes.flat[len(names) :]:
+            ax.remove()
         left.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
         left.supxlabel("number of tasks learned", fontsize=10)
         left.supylabel("accuracy (%)", fontsize=10)
@@ -182,11 +177,8 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
 
 def main() -> None:
     args = parse()
-    for name in ("transformers", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     started = time.time()
-    names = args.tasks.split(",")
+    names = args.tasks.split(",") if args.tasks else task_names(args.data)
     tasks = [read_task(args.data / name, args.train_limit, args.test_limit) for name in names]
     print(f"Tasks, in order: {', '.join(names)}. Model: {args.model}.", flush=True)
     base, tokenizer = load_model(args.model)
@@ -213,15 +205,15 @@ def main() -> None:
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     report(names, matrices, similarities)
-    print(
-        f"\nPicture and numbers: {args.out / 'demo.png'}, {args.out / 'results.json'} ({results['seconds']} seconds)"
-    )
     print(f"""
+Picture and numbers: {args.out / "demo.png"}, {args.out / "results.json"}. Took {results["seconds"]} seconds.
+
 What next, in Python: from examples.tasks import load_model; base, tokenizer = load_model("{args.model}")
   learn another task      model = peft_aso.load_chain(base, "{args.out / "chain"}")
   serve with stock PEFT   model = peft.PeftModel.from_pretrained(base, "{args.out / "served"}")
-  your own tasks          make demo DEMO_ARGS="--data FOLDER --tasks NAMES"   (the format: examples/data/README.md)""")
+  your own tasks          make demo DEMO_ARGS="--data FOLDER"   (the format: examples/data/README.md)""")
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()

@@ -105,7 +105,7 @@ def load_model(name: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # in training; `generated_answers` pads on the left
+    tokenizer.padding_side = "right"  # in training; `generate_answers` pads on the left
     return model, tokenizer
 
 
@@ -162,7 +162,7 @@ def bf16_is_faster() -> bool:
 
 
 @torch.no_grad()
-def generated_answers(
+def generate_answers(
     model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512
 ) -> list[str]:
     """What the model answers to each test prompt, greedily, as long as the longest option at most."""
