@@ -162,8 +162,12 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
         for task, ax in enumerate(axes.flat[: len(names)]):
             for way, matrix in matrices.items():
                 ax.plot(range(task + 1, len(names) + 1), [row[task] for row in matrix[task:]], label=way, **LINES[way])
-            ax.set_title(f"{task + 1}. {names[task]}", parse_math=False)
-            ax.set(xticks=range(1, len(names) + 1), xlim=(0.7, len(names) + 0.3), ylim=(0, 105))
+            ax.set(
+                title=f"{task + 1}. {names[task]}",
+                xticks=range(1, len(names) + 1),
+                xlim=(0.7, len(names) + 0.3),
+                ylim=(0, 105),
+            )
             ax.grid(axis="y", alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
         for ax in axes.flat[len(names) :]:
@@ -215,5 +219,6 @@ What next, in Python: from examples.tasks import load_model; base, tokenizer = l
 
 
 if __name__ == "__main__":
+    logging.captureWarnings(True)
     logging.disable(logging.WARNING)
     main()
