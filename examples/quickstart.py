@@ -162,12 +162,7 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
         for task, ax in enumerate(axes.flat[: len(names)]):
             for way, matrix in matrices.items():
                 ax.plot(range(task + 1, len(names) + 1), [row[task] for row in matrix[task:]], label=way, **LINES[way])
-            ax.set(
-                title=f"{task + 1}. {names[task]}",
-                xticks=range(1, len(names) + 1),
-                xlim=(0.7, len(names) + 0.3),
-                ylim=(0, 105),
-            )
+            ax.set(title=f"{task + 1}. {names[task]}", xticks=range(1, len(names) + 1), ylim=(0, 105))
             ax.grid(axis="y", alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
         for ax in axes.flat[len(names) :]:
