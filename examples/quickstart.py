@@ -85,10 +85,8 @@ def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argpa
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar without its log."""
-
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Print nothing: the progress bar is enough."""
 
 
 def train(trainer_class: type[Trainer], model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> None:
@@ -193,7 +191,8 @@ def main() -> None:
     export_lora(model, args.out / "served")
     draw(names, matrices, similarities, args.out / "demo.png")
     results = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "tasks": names,
+        "settings": {name: value for name, value in vars(args).items() if name not in ("data", "tasks", "out")},
         "precision": "bf16" if bf16_is_faster() else "float32",
         "machine": f"{best_device()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft)},
