@@ -141,7 +141,7 @@ def report(names: list[str], matrices: dict[str, Any], similarities: dict[str, A
         end = [*matrix[-1], average_accuracy(matrix), forgetting(matrix), backward_transfer(matrix)]
         print(way)
         for when, row in (("  right after learning", learned), ("  at the end", end)):
-            print(when.ljust(28) + "".join(f"{value + 0.0:{width}.1f}" for value in row))
+            print(when.ljust(28) + "".join(f"{round(value, 1) + 0.0:{width}.1f}" for value in row))
     print("(No task label given. AA: average at the end. FM: forgetting. BWT: backward transfer.)")
     print("\nSimilarity w of each task to the earlier ones (the penalty on a pair has the weight psi = 1 - w)")
     for task, row in similarities.items():
