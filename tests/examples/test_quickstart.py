@@ -26,7 +26,7 @@ def test_quickstart(
 ) -> None:  # fmt: skip
     quickstart = importlib.import_module("quickstart")
     monkeypatch.setattr(quickstart, "bf16_is_faster", lambda: bf16)  # as on either kind of CPU
-    line = f"--data {data} --tasks signs,colors --model {saved[name]} --out {tmp_path} --rank 2 --lr 0.02 --epochs 10"
+    line = f"--data {data} --tasks signs,colors --model {saved[name]} --out {tmp_path} --rank 8 --lr 0.02 --epochs 40"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *line.split(), "--batch-size", "5"])
     quickstart.main()
     printed = capsys.readouterr().out
@@ -45,8 +45,7 @@ def test_quickstart(
         assert [float(number) for number in found] == pytest.approx(numbers, abs=0.06)
     single, chain = results["right"].values()
     assert single[0] == chain[0], "a first task is stock LoRA"
-    if name == "t5":  # the other learns no answer in so few steps
-        assert "1" in single[0][0] + chain[1][1]
+    assert "1" in single[0][0] + chain[1][1], "something was learned"
     w = results["similarity"]["colors"]["signs"]
     assert f"signs {w:.2f}" in printed and -1 <= w <= 1
     with Image.open(tmp_path / "demo.png") as picture:
