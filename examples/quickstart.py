@@ -23,7 +23,7 @@ import transformers
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from peft import LoraConfig, get_peft_model
-from tasks import AnswerDataset, Task, best_device, bf16_is_faster, generate_answers, load_model, read_task, task_names
+from tasks import AnswerDataset, Task, best_device, bf16_is_faster, generated_answers, load_model, read_task
 from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, export_lora, plots, save_chain
@@ -119,7 +119,7 @@ def test(model: Any, tokenizer: Any, tasks: list[Task]) -> list[str]:
     """For each task a string with a character per question: 1 if the generated answer is right, 0 if not."""
     found = []
     for task in tasks:
-        answers = generate_answers(model, tokenizer, task, desc=f"test {task.name}")
+        answers = generated_answers(model, tokenizer, task, desc=f"test {task.name}")
         right = [given.strip() == answer.strip() for given, (_, answer) in zip(answers, task.test, strict=True)]
         found.append("".join(str(int(each)) for each in right))
         print(f"  {task.name}: {sum(right)} of {len(right)} right", flush=True)
@@ -175,7 +175,9 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
 def main() -> None:
     args = parse()
     started = time.time()
-    names = args.tasks.split(",") if args.tasks else task_names(args.data)
+    names = (
+        args.tasks.split(",") if args.tasks else sorted(path.parent.name for path in args.data.glob("*/labels.json"))
+    )
     tasks = [read_task(args.data / name, args.train_limit, args.test_limit) for name in names]
     print(f"Tasks, in order: {', '.join(names)}. Model: {args.model}.", flush=True)
     base, tokenizer = load_model(args.model)

@@ -105,7 +105,7 @@ def load_model(name: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # in training; `generate_answers` pads on the left
+    tokenizer.padding_side = "right"  # in training; `generated_answers` pads on the left
     return model, tokenizer
 
 
@@ -162,7 +162,7 @@ def bf16_is_faster() -> bool:
 
 
 @torch.no_grad()
-def generate_answers(
+def generated_answers(
     model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512
 ) -> list[str]:
     """What the model answers to each test prompt, greedily, as long as the longest option at most."""
@@ -184,3 +184,11 @@ def generate_answers(
             answers[index] = answer
     model.train(was_training)
     return answers
+
+
+def accuracy(
+    model: Any, tokenizer: Any, task: Task, batch_size: int = 20, desc: str = "", max_tokens: int = 512
+) -> float:
+    """Share of the task's test examples whose generated answer is exactly right (greedy, stripped)."""
+    answers = generated_answers(model, tokenizer, task, batch_size, desc, max_tokens)
+    return sum(given.strip() == row[1].strip() for given, row in zip(answers, task.test, strict=True)) / len(answers)
