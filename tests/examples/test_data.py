@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ from difflib import SequenceMatcher
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +107,28 @@ def test_no_shortcut_gives_the_answer(task: str) -> None:
     for cut in map(len, texts[1:]):
         assert largest_gap([len(text) <= cut for text in texts], answers) <= LARGEST_GAP
     assert largest_gap([True, True, False, False], ["a", "a", "b", "b"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("labels.json", None, "has no labels.json"),
+        ("test.jsonl", None, "has no test.jsonl"),
+        ("train.jsonl", '{"prompt": "a", "answer": "yes"}\n{"prompt"', "train.jsonl, line 2, is not JSON"),
+        ("train.jsonl", '{"prompt": "a"}', "train.jsonl, line 1: needs `prompt` and `answer`"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_named_with_the_line(
+    benchmark: Any, tmp_path: Path, file: str, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_task = importlib.import_module("tasks").read_task
+    (tmp_path / "labels.json").write_text('["yes", "no"]')
+    rows = [{"prompt": "a", "answer": answer} for answer in ("yes", "perhaps", "no")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    task = read_task(tmp_path, train_limit=1)
+    assert (task.train, task.test) == ([("a", "yes")], [("a", "yes"), ("a", "no")])
+    assert "1 examples without a valid answer dropped" in capsys.readouterr().out
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        read_task(tmp_path)

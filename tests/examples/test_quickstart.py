@@ -1,15 +1,21 @@
-"""The quickstart, which is the README's first command, from its first line to its last on two tiny tasks."""
+"""The quickstart, from its first line to its last on two tiny tasks."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import peft
 import pytest
+import torch
+from PIL import Image
+
+import peft_aso
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -20,15 +26,50 @@ def test_quickstart(
 ) -> None:  # fmt: skip
     quickstart = importlib.import_module("quickstart")
     monkeypatch.setattr(quickstart, "bf16_is_faster", lambda: bf16)  # as on either kind of CPU
-    line = f"--data {data} --tasks colors,signs --model {saved[name]} --out {tmp_path} --rank 2 --steps 4 --probe 2"
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *line.split(), "--epochs", "1", "--batch-size", "5"])
+    line = f"--data {data} --tasks signs,colors --model {saved[name]} --out {tmp_path} --rank 8 --lr 0.02 --epochs 40"
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *line.split(), "--batch-size", "5"])
     quickstart.main()
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert results["tasks"] == ["colors", "signs"] and set(results["metrics"]) == {"AA", "FM", "BWT", "FWT"}
-    assert results["settings"]["precision"] == ("bf16" if bf16 else "float32")
-    assert results["settings"]["penalty_weight"] == 0.05 and results["accuracy"][0][1] is None
-    assert results["metrics"]["AA"] == pytest.approx(sum(results["accuracy"][-1]) / 2)
-    assert math.isfinite(results["similarity"][1]["colors"])
-    for written in ("overview.png", "chain/chain.json", "served/adapter_model.safetensors"):
-        assert (tmp_path / written).is_file()
-    assert "merged model" in capsys.readouterr().out
+    assert results["tasks"] == ["signs", "colors"]
+    assert results["precision"] == ("bf16" if bf16 else "float32")
+
+    # the printed numbers, from which questions were answered right
+    assert set(results["right"]) == {"one adapter for all tasks", "chain of adapters"}
+    for way, ((first,), last) in results["right"].items():
+        assert len(first) == len(last[0]) == len(last[1]) == 6
+        before, after, other = (100 * np.mean([int(each) for each in right]) for right in (first, *last))
+        learned, end = printed.split(f"\n{way}\n")[1].splitlines()[:2]
+        numbers = [before, other, after, other, (after + other) / 2, before - after, after - before]
+        found = re.findall(r"-?\d+\.\d", learned + end)
+        assert [float(number) for number in found] == pytest.approx(numbers, abs=0.06)
+    single, chain = results["right"].values()
+    assert single[0] == chain[0], "a first task is stock LoRA"
+    assert "1" in single[0][0] + chain[1][1], "something was learned"
+    w = results["similarity"]["colors"]["signs"]
+    assert f"signs {w:.2f}" in printed and -1 <= w <= 1
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.size[0] >= 1600 and len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+    # what to do next, as printed
+    prompt = torch.tensor([[5, 6, 7]])
+    inputs = {"input_ids": prompt, **({"decoder_input_ids": prompt} if name == "t5" else {})}
+    logits = []
+    for code in re.findall(r"model = (peft\S.*)", printed):
+        base, _ = importlib.import_module("tasks").load_model(str(saved[name]))
+        model = eval(code, {"peft": peft, "peft_aso": peft_aso, "base": base})
+        logits.append(model.eval()(**inputs).logits)
+    chain, served = logits
+    torch.testing.assert_close(chain, served)
+    base, _ = importlib.import_module("tasks").load_model(str(saved[name]))
+    assert not torch.allclose(base.eval()(**inputs).logits, served, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing")  # where no font has them
+def test_names_in_other_scripts_are_drawn(benchmark: Any, tmp_path: Path) -> None:
+    quickstart = importlib.import_module("quickstart")
+    names = ["情绪", "주제", "緊急度$x$"]
+    matrix = [[50.0, None, None], [40.0, 60.0, None], [30.0, 50.0, 70.0]]
+    similarities = {"주제": {"情绪": 0.1}, "緊急度$x$": {"情绪": -0.2, "주제": 0.3}}
+    quickstart.draw(names, {quickstart.SINGLE: matrix, quickstart.CHAIN: matrix}, similarities, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
