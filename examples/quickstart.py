@@ -175,9 +175,7 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
 def main() -> None:
     args = parse()
     started = time.time()
-    names = (
-        args.tasks.split(",") if args.tasks else sorted(path.parent.name for path in args.data.glob("*/labels.json"))
-    )
+    names = args.tasks.split(",") if args.tasks else sorted(path.parent.name for path in args.data.glob("*/*.json"))
     tasks = [read_task(args.data / name, args.train_limit, args.test_limit) for name in names]
     print(f"Tasks, in order: {', '.join(names)}. Model: {args.model}.", flush=True)
     base, tokenizer = load_model(args.model)
