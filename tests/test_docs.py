@@ -35,6 +35,7 @@ RUN_BY = {
     "docs/hub.md": "tests/chain/test_hub.py",
     "docs/serving.md": "tests/test_serving.py",
     "docs/settings.md": "tests/test_docs.py",
+    "examples/continual_benchmark/README.md": "tests/examples/test_continual_runs.py",
 }
 
 

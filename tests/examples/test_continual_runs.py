@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from peft_aso import load_chain
@@ -53,6 +56,28 @@ def test_every_method_learns_two_tasks(
     assert json.loads(file.read_text()) == found
     report = benchmark("table").report(found)
     assert report.count("AA ") == 4 and report.count("FWT") == (1 if found["alone"] is None else 4), "and in the note"
+
+
+def test_the_readmes_method_can_be_added(
+    benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = Path(__file__).parents[2] / "examples" / "continual_benchmark" / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
+    names = {
+        "dataclass": dataclass,
+        "field": field,
+        "torch": torch,
+        "SeqLoRA": benchmark("methods.sequential").SeqLoRA,
+    }
+    exec(compile(code, str(readme), "exec"), names)
+    monkeypatch.setitem(benchmark("methods").METHODS, "l2", names["L2"])
+    usual = settings_of(benchmark, data, saved["llama"], tmp_path, method="l2", lr=1e-2)
+    settings = dataclass(frozen=True)(type("Settings", (type(usual), names["L2Settings"]), {}))
+    run = benchmark("chain").run
+    free = run(settings(**asdict(usual), anchor_weight=0.0, name="free"))
+    held = run(settings(**asdict(usual), anchor_weight=100.0, name="held"))
+    losses = [[stage["log"]["loss"][-1] for stage in found["stages"]] for found in (free, held)]
+    assert losses[0][0] == losses[1][0] and losses[0][1] < losses[1][1], "it acts from the second task on"
 
 
 def test_the_command_line_is_the_settings(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
