@@ -74,8 +74,8 @@ def test_the_readmes_method_can_be_added(
     usual = settings_of(benchmark, data, saved["llama"], tmp_path, method="l2", lr=1e-2)
     settings = dataclass(frozen=True)(type("Settings", (type(usual), names["L2Settings"]), {}))
     run = benchmark("chain").run
-    free = run(settings(**asdict(usual), anchor_weight=0.0, name="free"))
-    held = run(settings(**asdict(usual), anchor_weight=100.0, name="held"))
+    free = run(settings(**{**asdict(usual), "anchor_weight": 0.0, "name": "free"}))
+    held = run(settings(**{**asdict(usual), "anchor_weight": 100.0, "name": "held"}))
     losses = [[stage["log"]["loss"][-1] for stage in found["stages"]] for found in (free, held)]
     assert losses[0][0] == losses[1][0] and losses[0][1] < losses[1][1], "it acts from the second task on"
 
