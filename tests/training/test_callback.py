@@ -152,8 +152,8 @@ def test_same_seed_same_probe_and_no_random_number_is_used_up() -> None:
         return default_collate(examples)
 
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    one, again, other = probe(data, 10, 1, collate), probe(data, 10, 1), probe(data, 10, 2)
-    assert [len(batch["labels"]) for batch in one] == [8, 2]
+    one, again, other = probe(data, 20, 1, collate), probe(data, 20, 1), probe(data, 20, 2)
+    assert [len(batch["labels"]) for batch in one] == [16, 4]
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0]["input_ids"], other[0]["input_ids"])
     assert torch.equal(torch.get_rng_state(), states[0])
