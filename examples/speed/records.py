@@ -174,8 +174,9 @@ def growth_figure(records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = list(dict.fromkeys(each.line for each in records if each.x is not None))
-    figure = Figure(figsize=(3.5 * len(lines), 3.2), layout="constrained")
-    for axes, line in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines, strict=True):
+    rows = -(-len(lines) // 2)
+    figure = Figure(figsize=(8, 3 * rows), layout="constrained")
+    for axes, line in zip(figure.subplots(rows, 2, squeeze=False).flat, lines, strict=False):
         points = sorted((each for each in records if each.line == line), key=lambda each: each.x or 0)
         for label, side in (("ours", "ours"), (points[0].against, "theirs")):
             values = [getattr(each, side) for each in points]
