@@ -46,7 +46,7 @@ def run(settings: Settings) -> Record:
         record = {"title": kind.title, "tasks": names, "settings": chosen, "stages": [], "alone": None}
     other = [name for name in {**record["settings"], **chosen} if record["settings"].get(name) != chosen.get(name)]
     if other:
-        raise SystemExit(f"{folder} holds a run with another {', '.join(other)}: give this run a --name of its own.")
+        raise SystemExit(f"{folder} holds a run with another {', '.join(other)}: give this run another --name.")
     if kind.alone:
         record["alone"] = _learn_alone(tasks, settings)
         seen = [tasks[: index + 1] for index in range(len(tasks))]  # nothing is forgotten

@@ -335,7 +335,7 @@ class ASOLoraModel(LoraModel):
         return found if names is None else {name: each for name, each in found.items() if adapters_in(each, names)}
 
     def _wrappers(self) -> list[Any]:
-        """The modules that have an active adapter of their own: LoRA layers, copied heads, trained tokens."""
+        """The modules that have an active adapter: LoRA layers, copied heads, trained tokens."""
         found: dict[str, Any] = {}
         collect_layers(self.model, "", found, set(), (BaseTunerLayer, AuxiliaryTrainingWrapper))
         return list(found.values())

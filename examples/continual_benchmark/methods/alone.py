@@ -12,7 +12,7 @@ from .base import Method
 
 
 class PerTaskLoRA(Method):
-    """Each task has an adapter of its own on the base model."""
+    """Each task has its own adapter on the base model."""
 
     title = "PerTaskLoRA"
     alone = True

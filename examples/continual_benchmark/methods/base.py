@@ -38,7 +38,7 @@ class MethodTrainer(Trainer):
 
 @dataclass(frozen=True)
 class NoSettings:
-    """A method without settings of its own."""
+    """A method without settings."""
 
 
 class Method:
@@ -46,9 +46,9 @@ class Method:
 
     Attributes:
         title: its name in tables.
-        Settings: a frozen dataclass of its own options, each with a default and `metadata={"help": ...}`.
+        Settings: a frozen dataclass of the method's options, each with a default and `metadata={"help": ...}`.
         trainer: the Trainer that trains it.
-        alone: every task has a model of its own, so that no order matters.
+        alone: every task has its own model, so that no order matters.
         model: what is trained and tested; a method sets it anew where a task needs more weights.
     """
 
