@@ -400,8 +400,8 @@ def choose_setting(
     prefix = (_first(chosen) - padding) * causal
     situation = f"{batch.kind}, {stack}, padded left: {bool(padding.any())}, prefix: {bool((prefix > 0).any())}"
     if situation not in known:
-        lengths = [prefix, prefix.masked_fill(padding == 0, -1)][: 1 + bool(padding.any())]
-        part = batch.examples(torch.tensor(sorted({int(each.argmax()) for each in lengths})))
+        rows = {int(prefix.argmax()), int(prefix.masked_fill((padding == 0) & padding.any(), -1).argmax())}
+        part = batch.examples(torch.tensor(sorted(rows)))
         known[situation] = found = self_check(model, part, layers, cached, config)
         if isinstance(found, str):
             warnings.warn(

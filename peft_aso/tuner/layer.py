@@ -259,7 +259,7 @@ def add_history(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     if batch_names is None:
         part = history_output(layer, x, history)
         return output if part is None else output + part.to(output.dtype)
-    for name in dict.fromkeys(batch_names):  # a mixed batch: each row has the history of its own task
+    for name in dict.fromkeys(batch_names):  # a mixed batch: each row has its task's history
         rows = torch.tensor([row for row, other in enumerate(batch_names) if other == name], device=output.device)
         history = () if name == "__base__" else tasks.in_forward((name,), layer.training)
         part = history_output(layer, x[rows.to(x.device)], history)
