@@ -23,7 +23,17 @@ import transformers
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from peft import LoraConfig, get_peft_model
-from tasks import AnswerDataset, Task, best_device, bf16_is_faster, generated_answers, load_model, read_task
+from tasks import (
+    AnswerDataset,
+    ProgressBar,
+    Task,
+    best_device,
+    bf16_is_faster,
+    generated_answers,
+    load_model,
+    read_task,
+    task_names,
+)
 from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, export_lora, plots, save_chain
@@ -84,11 +94,6 @@ def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argpa
     return stages, model
 
 
-class Progress(ProgressCallback):
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Print nothing: the progress bar is enough."""
-
-
 def train(trainer_class: type[Trainer], model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> None:
     """Train the active adapter on one task."""
     trainer = trainer_class(
@@ -111,7 +116,7 @@ def train(trainer_class: type[Trainer], model: Any, tokenizer: Any, task: Task, 
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
+    trainer.add_callback(ProgressBar)
     trainer.train()
 
 
@@ -175,7 +180,7 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
 def main() -> None:
     args = parse()
     started = time.time()
-    names = args.tasks.split(",") if args.tasks else sorted(path.parent.name for path in args.data.glob("*/*.json"))
+    names = args.tasks.split(",") if args.tasks else task_names(args.data)
     tasks = [read_task(args.data / name, args.train_limit, args.test_limit) for name in names]
     print(f"Tasks, in order: {', '.join(names)}. Model: {args.model}.", flush=True)
     base, tokenizer = load_model(args.model)

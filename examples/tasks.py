@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ProgressCallback
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -134,6 +134,13 @@ class AnswerDataset(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.examples[index]
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar without a printed line for each log."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing."""
 
 
 def shorten(ids: list[int], limit: int) -> list[int]:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import math
 import tempfile
 import zlib
-from typing import Any
 
 import torch
-from tasks import AnswerDataset, Task, best_device
+from tasks import AnswerDataset, ProgressBar, Task, best_device
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from .methods import Method
 from .settings import Settings
 
 Log = dict[str, list[float | None]]  # what the Trainer logs, one value a step; None where a step did not have it
-
-
-class Bar(ProgressCallback):
-    """The Trainer's progress bar without a line for each step: the logs go into the record."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Print nothing."""
 
 
 def seed_of(settings: Settings, task: Task) -> int:
@@ -67,7 +59,7 @@ def learn(method: Method, task: Task, index: int, settings: Settings) -> Log:
         trainer.method = method
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Bar())
+        trainer.add_callback(ProgressBar)
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in steps):
