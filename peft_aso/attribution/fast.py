@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -321,47 +321,73 @@ class FastEngine:
         """Eq. 11 for all examples and layers, by name."""
         nodes, weights = nodes_and_weights(config)
         recorded = bool(nodes[-1] == 1)
-        nodes = nodes[: len(nodes) - recorded].expand(self.size, -1)
-        scores = {}
-        for layer in self.layers:
-            parts = self.gradients(layer, torch.arange(self.size), nodes) if nodes.numel() else []
-            samples = Samples.cat([*parts, self.unscaled[layer.name]] if recorded else parts)
-            scores[layer.name] = integrate(partial(self.gradients, layer), samples, weights, config)
+        nodes, scores, size = nodes[: len(nodes) - recorded], {}, self.size
+        for layers in self.layers_of_a_pass(self.max_rows // (size * len(nodes) or 1)):
+            gradients, pairs = partial(self.gradients, layers), torch.arange(len(layers) * size)
+            parts = gradients(pairs, nodes.expand(len(pairs), -1)) if nodes.numel() else []
+            if recorded:
+                parts += [
+                    replace(self.unscaled[layer.name], examples=pairs[place * size :][:size])
+                    for place, layer in enumerate(layers)
+                ]
+            values, log_scale, taken = integrate(gradients, Samples.cat(parts), weights, config)
+            for layer, *of_layer in zip(layers, values.split(size), log_scale.split(size), strict=True):
+                scores[layer.name] = LayerScores(*of_layer, taken)
             if bar is not None:
-                bar.update(self.size)
+                bar.update(len(pairs))
         return scores
 
-    def gradients(self, layer: NeuronLayer, examples: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
-        """n * d log P / dn with the neurons at node * n (Eq. 10), examples `(E,)` at nodes `(E, K)`."""
+    def layers_of_a_pass(self, most: int) -> Iterator[list[NeuronLayer]]:
+        """Neighbouring layers that run in one pass: few, as each row runs the blocks between them in vain."""
+        most = max(1, min(most, max(2, len(self.layers) // 12)))
+        for _, group in groupby(self.layers, lambda layer: (layer.size, self.neurons[layer.name].device)):
+            layers = list(group)
+            yield from (layers[start : start + most] for start in range(0, len(layers), most))
+
+    def gradients(self, layers: list[NeuronLayer], pairs: torch.Tensor, nodes: torch.Tensor) -> list[Samples]:
+        """n * d log P / dn with a layer's neurons at node * n (Eq. 10), pairs `(E,)` at nodes `(E, K)`.
+
+        Pair i is example i % B and layer i // B of `layers`. Each row of the pass scales the neurons of one layer.
+        """
         samples = []
-        for some in nodes.split(max(1, self.max_rows // len(examples)), dim=1):
-            rows, node = Rows(examples, self.size, some.shape[1]), some.flatten()
-            neurons = rows.take(self.neurons[layer.name])
-            scaled = (neurons * node[:, None, None].to(neurons)).requires_grad_()
-            with self.patched(layer, rows, scaled):
+        neurons = torch.cat([self.neurons[layer.name] for layer in layers])
+        for some in nodes.split(max(1, self.max_rows // len(pairs)), dim=1):
+            of_pair, node = Rows(pairs, len(neurons), some.shape[1]), some.flatten()
+            own = of_pair.take(neurons)
+            scaled = (own * node[:, None, None].to(own)).requires_grad_()
+            rows = Rows(pairs % self.size, self.size, some.shape[1])
+            with self.patched(layers, of_pair.indices() // self.size, rows, scaled):
                 log_p = self.suffix.log_p(rows)
             (gradient,) = torch.autograd.grad(log_p.sum(), scaled)
-            samples.append(Samples(rows.indices(), node, log_p, (neurons * gradient).sum(1)))
+            samples.append(Samples(of_pair.indices(), node, log_p, (own * gradient).sum(1)))
         return samples
 
     @contextmanager
-    def patched(self, layer: NeuronLayer, rows: Rows, scaled: torch.Tensor) -> Iterator[None]:
-        """Activation patching in the forward pass run inside: `layer` has the neurons `scaled` `(R, W, size)`.
+    def patched(
+        self, layers: list[NeuronLayer], places: torch.Tensor, rows: Rows, scaled: torch.Tensor
+    ) -> Iterator[None]:
+        """Activation patching in the forward pass run inside: in row r, layer places[r] has the neurons scaled[r].
 
-        The blocks below do not run. They return the recorded output of the last of them, which the layer's own block
-        reads:
+        The blocks below the first layer's do not run. They return the recorded output of the last of them, which the
+        first layer's block reads:
 
-            block 2    runs
-            block 1    runs, its neurons scaled
+            block 3    runs
+            block 2    runs, its neurons scaled in the rows of the second layer
+            block 1    runs, its neurons scaled in the rows of the first layer
             block 0    recorded
+
+        Args:
+            places: `(R,)`.
+            scaled: `(R, W, size)`.
         """
         positions = self.suffix.positions[rows.indices().to(self.suffix.positions.device)]
-        below = layer.blocks[: layer.block_index]
+        below = layers[0].blocks[: layers[0].block_index]
         recorded = rows.take(self.outputs[len(below) - 1]) if below else None
 
-        def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            own = layer.by_position(args[0], *positions.shape)
-            patched = torch.where(positions.to(own.device)[..., None], scaled.to(own.dtype), own)
+        def scale(place: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            own = layers[place].by_position(args[0], *positions.shape)
+            chosen = positions.to(own.device) & (places == place).to(own.device)[:, None]
+            patched = torch.where(chosen[..., None], scaled.to(own.dtype), own)
             return (patched.view_as(args[0]), *args[1:])
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -369,7 +395,8 @@ class FastEngine:
             return (hidden, *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
         with ExitStack() as stack:
-            stack.callback(layer.module.register_forward_pre_hook(scale).remove)
+            for place, layer in enumerate(layers):
+                stack.callback(layer.module.register_forward_pre_hook(partial(scale, place)).remove)
             for block in below:
                 # accelerate may have put a forward into the block, which goes back in its place
                 own = {"forward": block.forward} if "forward" in block.__dict__ else {}
@@ -378,7 +405,7 @@ class FastEngine:
                 block.forward = lambda *_, **__: recorded
             if below:
                 # the recorded output is that after the user's hooks, which would change it once more
-                hook = layer.blocks[len(below)].register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                hook = layers[0].blocks[len(below)].register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 

@@ -46,7 +46,7 @@ class Rows:
     """The rows of a forward pass: each of the examples `nodes` times. Examples (0, 1) at 2 nodes are 0 0 1 1.
 
     Attributes:
-        examples: int64 `(E,)`, indices into the batch, ascending.
+        examples: int64 `(E,)`, indices into the batch.
         of_batch: how many examples the batch has.
     """
 
@@ -65,7 +65,7 @@ class Rows:
             if tensor.ndim == 0 or len(tensor) != self.of_batch:
                 return tensor
             if self.of_batch == 1:
-                return tensor.expand(self.nodes, *tensor.shape[1:])
+                return tensor.expand(len(self.examples) * self.nodes, *tensor.shape[1:])
             return tensor.index_select(0, self.indices().to(tensor.device))
 
         return each_tensor(taken, value)
@@ -103,8 +103,7 @@ class PrefixLayer(CacheLayerMixin):
         """Keys and values of the rows' examples, `(E, heads, P, d)` each."""
         keys, values = self.prefix
         assert keys is not None and values is not None
-        everything = len(rows.examples) == len(keys)
-        return (keys, values) if everything else (keys[rows.examples], values[rows.examples])
+        return keys[rows.examples], values[rows.examples]
 
     def _hand_over(self, alone: bool) -> bool:
         """Leave the prefix to the attention that follows, if it is shared."""
