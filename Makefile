@@ -37,8 +37,8 @@ lint: env ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: lint ## ruff, mypy and the fast tests; PYTEST_ARGS="-k name" narrows them
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q $(PYTEST_ARGS)
+test: lint ## ruff, mypy and the fast tests, one process a core; PYTEST_ARGS="-k name" narrows them
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 docs: env ## the documentation site, into site/ (`make test` builds it, too)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
