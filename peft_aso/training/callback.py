@@ -18,8 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from ..tuner import ASOLoraModel
-from .coefficients import Coefficients, attribution_of, require_tuner, store_attribution, update_coefficients
+from .coefficients import attribution_of, require_tuner, store_attribution, update_coefficients
 
 # examples in a batch of the probe; attribution splits it further by memory
 BATCH = 16
@@ -33,12 +32,10 @@ class ASOCallback(TrainerCallback):
     """Updates w and psi before the first step and as the run goes on; stores the task's vector at its end.
 
     Attributes:
-        last (`Coefficients`): the result of the last update.
         restored (`bool`): psi came from a checkpoint; the first update is the next one that is due.
     """
 
     def __init__(self) -> None:
-        self.last: Coefficients | None = None
         self.restored = False
         self._probe: list[dict[str, Any]] = []
 
@@ -51,7 +48,8 @@ class ASOCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         tuner = require_tuner(kwargs["model"])
         refresh = tuner.peft_config[tuner.current_task].attribution.refresh
-        every = int(refresh) if refresh >= 1 else math.ceil(refresh * state.max_steps)
+        steps = isinstance(refresh, int) or refresh > 1  # 1.0 is the complete run
+        every = int(refresh) if steps else math.ceil(refresh * state.max_steps)
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self._update(args, kwargs["model"])
 
@@ -81,7 +79,7 @@ class ASOCallback(TrainerCallback):
         except NoAnswersError:
             raise
         except Exception as error:  # models raise all kinds of errors here
-            if _has_penalty(tuner) or settings.source == "stored":
+            if tuner.has_penalty(task) or settings.source == "stored":
                 raise ValueError(
                     f"{task!r} needs attribution, for psi or for the vector that it stores, and attribution cannot "
                     f"read the task: {str(error).rstrip('.')}. AttributionConfig(similarity='none') trains without it "
@@ -93,18 +91,13 @@ class ASOCallback(TrainerCallback):
 
     def _update(self, args: TrainingArguments, model: nn.Module) -> None:
         tuner = require_tuner(model)
-        if not _has_penalty(tuner):
+        if not tuner.has_penalty(tuner.current_task):
             return
-        self.last = update_coefficients(model, self._probe, progress=not args.disable_tqdm)
+        update_coefficients(model, self._probe, progress=not args.disable_tqdm)
         if args.world_size > 1:  # all take the first process's psi and w: theirs may differ in the last digits
             found = [tuner.soft_coefficients, tuner.peft_config[tuner.current_task].similarities]
             psi, similarities = broadcast_object_list(found)
             tuner.set_soft_coefficients(psi, similarities=similarities)
-
-
-def _has_penalty(tuner: ASOLoraModel) -> bool:
-    """Whether the current task has a penalty for psi to weigh."""
-    return bool(tuner.history) and tuner.peft_config[tuner.current_task].resolved_penalty_weight > 0
 
 
 def _warn_not_stored(args: TrainingArguments, task: str, reason: Exception) -> None:

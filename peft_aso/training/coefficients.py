@@ -14,7 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attribution import AttributionConfig, AttributionVector, Layout, attribute, normalized
+from ..sharding import full_tensor
 from ..tuner import ASOLoraModel
+from ..tuner.layer import matrices_of
 from ..tuner.model import tuner_of
 
 Batches = Sequence[Mapping[str, Any]]
@@ -47,6 +49,12 @@ def require_tuner(model: nn.Module) -> ASOLoraModel:
             "`model = get_peft_model(model, ASOLoraConfig(...), adapter_name=<task>)`."
         )
     return tuner
+
+
+def is_untrained(tuner: ASOLoraModel) -> bool:
+    """Whether the current task's B is 0 everywhere, as PEFT starts it."""
+    task = tuner.current_task
+    return not any(full_tensor(matrices_of(each, task)[1]).any() for each in tuner.lora_layers([task]).values())
 
 
 # ---- attribution -------------------------------------------------------------------------------------------
@@ -148,6 +156,9 @@ def update_coefficients(
     Call it before the first step and now and then as the training goes on, with the *same* batches: the history's
     vectors on them are computed at the first call only.
 
+    An untrained task (B = 0) runs as the model of the task before it: w of the two is 1 whatever the new task is. So
+    psi of that one is 1 until a call after some training measures it; `similarities` has the w that was found.
+
     Args:
         model: a PEFT model with ASO-LoRA adapters; the active one is the current task. Its settings are in
             `model.peft_config[task].attribution`.
@@ -193,6 +204,9 @@ def update_coefficients(
     psi = {name: 1 - value for name, value in w.items()}  # Eq. 6
     if settings.clip:
         psi = {name: value.clamp(0, 1) for name, value in psi.items()}
+    if settings.source == "current" and config.attribution_model == "cumulative" and is_untrained(tuner):
+        same = [name for name in history if set(tuner.tasks.expand([name])) == set(history)]
+        psi.update({name: torch.ones_like(psi[name]) for name in same})
     config.attribution_layout = [list(entry) for entry in current.layout]
     similarities = {name: value.float().tolist() for name, value in w.items()}
     coefficients = {name: value.float().tolist() for name, value in psi.items()}

@@ -7,6 +7,7 @@ ones, and refuses what cannot be: an unknown name, a task that is its own ancest
 from __future__ import annotations
 
 import graphlib
+import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ class TaskHistory:
         alone: True inside `ASOLoraModel.only`: adapters run without their history.
         fold_active: True inside `ASOLoraModel.folded`: active adapters are folded into the base weights as well.
         sharded: True if FSDP2 shards the weights: nothing that a layer computes from them is cached.
+        lock: held inside `only`, `through` and `folded`, which change what every layer computes.
     """
 
     def __init__(self) -> None:
@@ -79,15 +81,16 @@ class TaskHistory:
         self.alone = False
         self.fold_active = False
         self.sharded = False
-        self._cache: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have an empty cache."""
-        return {**self.__dict__, "_cache": None}
+        """Copies and pickles have an empty cache, and a lock of their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cache = WeakKeyDictionary()
+        self._cache: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+        self.lock = threading.RLock()
 
     def refresh(self, configs: Mapping[str, Any]) -> None:
         """Resolve all names anew; called after an adapter was added or deleted."""

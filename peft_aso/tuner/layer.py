@@ -7,9 +7,11 @@ never written to, except by merging.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +103,17 @@ def remove_adapter(model: nn.Module, adapter_name: str, active: Sequence[str]) -
             setattr(model.get_submodule(parent), child, original)
 
 
+def untie(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Give a layer its own copy of a base weight that other modules use too (tied embeddings), to merge into."""
+    holders = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for layer in layers:
+        weight = layer.base_layer._parameters.get("weight")
+        if holders[id(weight)] > 1:
+            holders[id(weight)] -= 1
+            layer.base_layer = copy.copy(layer.base_layer)  # another module may hold the old one
+            layer.base_layer._parameters = {**layer.base_layer._parameters, "weight": copy.deepcopy(weight)}
+
+
 def freeze_history(layer: LoraLayer, history: Collection[str], fixed: Collection[str]) -> None:
     """Declare adapters that are history, and A of those in `fixed`, as frozen through PEFT's
     `frozen_peft_weight_names`.
@@ -121,6 +134,22 @@ def freeze_history(layer: LoraLayer, history: Collection[str], fixed: Collection
     if names != layer.frozen_peft_weight_names:
         layer.frozen_peft_weight_names = names
     layer._freeze_non_trainable_peft_weights()
+
+
+@contextmanager
+def active_in(modules: Sequence[Any], names: Sequence[str], head: str | None) -> Iterator[None]:
+    """Inside the context these adapters are active in all LoRA layers, and the heads are those of `head`."""
+    before = [module._active_adapter for module in modules]
+    try:
+        for module in modules:
+            if isinstance(module, LoraLayer):
+                module._active_adapter = list(names)
+            elif head is not None:
+                module._active_adapter = head if head in module._get_available_adapters() else []
+        yield
+    finally:
+        for module, active in zip(modules, before, strict=True):
+            module._active_adapter = active
 
 
 # ---- the history in the forward pass -------------------------------------------------------------------------------
