@@ -15,12 +15,8 @@ def check_choice(name: str, value: object, choices: tuple[str | bool, ...]) -> N
 
 
 def check_fields(config: object, kind: type) -> None:
-    """Check the fields that the dataclass `kind` declares, without those that it inherits, against their type hints.
-
-    Raises:
-        ValueError: a value that is none of the choices of a `Literal`.
-        TypeError: a value of another type. True is no number.
-    """
+    """Check the fields that the dataclass `kind` adds to those it inherits: ValueError for a value that is none of a
+    `Literal`'s choices, TypeError for one that does not have the type of its hint."""
     hints = get_type_hints(kind)
     for name, written in kind.__annotations__.items():
         value, hint = getattr(config, name), hints[name]
@@ -35,9 +31,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is not None:  # a list, or a dictionary's values
-        return isinstance(value, origin) and all(
-            _fits(each, parts[-1]) for each in (value.values() if origin is dict else value)
-        )
+        values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(each, parts[-1]) for each in values)
     if hint is Any or isinstance(value, bool):
         return hint in (Any, bool)
     return isinstance(value, (int, float) if hint is float else hint)

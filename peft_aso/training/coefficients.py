@@ -90,14 +90,9 @@ def compute_attribution(
         FastPathUnsupported: with `method="fast"`, where the model or the batch does not allow it.
         MissingHistoryError: a task of the adapter's history is not loaded.
     """
-    config = AttributionConfig(
-        steps=steps,
-        quadrature=quadrature,  # type: ignore[arg-type]
-        neurons=neurons if neurons is None or isinstance(neurons, str) else list(neurons),
-        stacks=stacks,  # type: ignore[arg-type]
-        max_rows=max_rows,
-        max_answer_tokens=max_answer_tokens,
-    )
+    choice: Any = {"quadrature": quadrature, "stacks": stacks, "steps": steps, "max_rows": max_rows}
+    names = neurons if neurons is None or isinstance(neurons, str) else list(neurons)
+    config = AttributionConfig(neurons=names, max_answer_tokens=max_answer_tokens, **choice)
     with _task_model(model, adapter, alone):
         return attribute(model, batch, config, method=method, progress=progress)
 
@@ -135,16 +130,6 @@ def attribution_of(
         return AttributionVector.cat([attribute(model, batch, config) for batch in bar])
 
 
-def store_attribution(model: nn.Module, batches: Batches, *, progress: bool = False) -> None:
-    """Store the current task's mean attribution vector on its own data in the model; it is saved with the adapter."""
-    tuner = require_tuner(model)
-    task = tuner.current_task
-    config = tuner.peft_config[task]
-    vector = attribution_of(model, task, batches, config.attribution, progress=progress)
-    tuner.attribution[task] = vector.mean_vector().cpu()
-    config.attribution_layout = [list(entry) for entry in vector.layout]
-
-
 # ---- w and psi ---------------------------------------------------------------------------------------------
 
 
@@ -154,10 +139,8 @@ def update_coefficients(
     """Compute w and psi of the current task on its probe, and set psi in the model.
 
     Call it before the first step and now and then as the training goes on, with the *same* batches: the history's
-    vectors on them are computed at the first call only.
-
-    An untrained task (B = 0) runs as the model of the task before it: w of the two is 1 whatever the new task is. So
-    psi of that one is 1 until a call after some training measures it; `similarities` has the w that was found.
+    vectors on them are computed at the first call only. An untrained task (B = 0) is the model of the task before it:
+    their w is 1 whatever the task is, so their psi is 1 until a call after some training measures it.
 
     Args:
         model: a PEFT model with ASO-LoRA adapters; the active one is the current task. Its settings are in

@@ -57,9 +57,7 @@ class TaskHistory:
         histories: adapter -> the loaded adapters of its history, oldest first.
         missing: adapter -> the task names of its history that are not loaded; adapters without any are left out.
         frozen: adapters that are in some adapter's history; they never train.
-        fixed: adapters whose A does not train (`train_a=False`).
-        isolated: adapters whose history is left out of the forward pass while they train.
-        forms, merges: adapter -> `history_form` and `merge` of its config.
+        configs: adapter -> its config.
         generation: rises with every call that changes adapters, their weights, devices or dtypes (an optimizer step
             changes the current task alone and does not count). What is computed from the frozen weights is valid for
             one generation.
@@ -73,10 +71,7 @@ class TaskHistory:
         self.histories: dict[str, tuple[str, ...]] = {}
         self.missing: dict[str, tuple[str, ...]] = {}
         self.frozen: frozenset[str] = frozenset()
-        self.fixed: frozenset[str] = frozenset()
-        self.isolated: frozenset[str] = frozenset()
-        self.forms: dict[str, str] = {}
-        self.merges: dict[str, str] = {}
+        self.configs: Mapping[str, Any] = {}
         self.generation = 0
         self.alone = False
         self.fold_active = False
@@ -95,7 +90,7 @@ class TaskHistory:
     def refresh(self, configs: Mapping[str, Any]) -> None:
         """Resolve all names anew; called after an adapter was added or deleted."""
         self.generation += 1
-        self.histories, self.missing = {}, {}
+        self.histories, self.missing, self.configs = {}, {}, configs
         holders: dict[str, list[str]] = {}
         for adapter, config in configs.items():
             holders.setdefault(task_name_of(adapter, config), []).append(adapter)
@@ -108,10 +103,6 @@ class TaskHistory:
             if missing := tuple(task for task, name in found.items() if name is None):
                 self.missing[adapter] = missing
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
-        self.fixed = frozenset(name for name, config in configs.items() if not config.train_a)
-        self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
-        self.forms = {name: config.history_form for name, config in configs.items()}
-        self.merges = {name: config.merge for name, config in configs.items()}
 
     def dependents(self, adapter: str) -> list[str]:
         """The adapters that have `adapter` in their history."""
@@ -138,7 +129,7 @@ class TaskHistory:
         self.require(active)
         if self.alone:
             return ()
-        running = [name for name in active if not (training and name in self.isolated)]
+        running = [name for name in active if not (training and self.configs[name].forward_history == "isolated")]
         found = dict.fromkeys(old for name in running for old in self.histories.get(name, ()))
         return tuple(old for old in found if old not in active)
 

@@ -173,9 +173,7 @@ class Folded(NamedTuple):
 def _stack(layer: LoraLayer, names: Sequence[str], dtype: torch.dtype | None) -> Stacked:
     A, B, _ = sum_updates([low_rank(layer, name) for name in names])
     bias = bias_of(layer, names)
-    if dtype is None:
-        return Stacked(A, B, bias)
-    return Stacked(A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype))
+    return Stacked(A.to(dtype=dtype), B.to(dtype=dtype), None if bias is None else bias.to(dtype=dtype))
 
 
 def _fold(layer: Any, names: Sequence[str]) -> Folded:
@@ -225,7 +223,7 @@ def can_fold(layer: Any) -> bool:
 def _folded_for(layer: HistoryLinear, x: torch.Tensor, history: Sequence[str], active: Sequence[str]) -> Folded | None:
     """Base weight, history and, inside `ASOLoraModel.folded`, active adapters as one weight; None if not possible."""
     tasks: Any = layer.task_history
-    form = tasks.forms.get(active[0], "auto") if active else "auto"
+    form = tasks.configs[active[0]].history_form if active else "auto"
     fold_active = tasks.fold_active and not layer.training
     if form == "stacked" and not fold_active or tasks.sharded or torch.compiler.is_compiling():
         return None
@@ -362,7 +360,7 @@ class HistoryLinear(lora.Linear):
     @torch.no_grad()
     def _add_to_base(self, names: Sequence[str], sign: int, check: bool) -> None:
         base = self.base_layer
-        merge = MERGES[self.task_history.merges[names[-1]]] if self.task_history is not None else sum_updates
+        merge = MERGES[self.task_history.configs[names[-1]].merge] if self.task_history is not None else sum_updates
         A, B, scale = merge([low_rank(self, name) for name in names])
         transposed, more = isinstance(base, Conv1D), bias_of(self, names)
         weight = add_product(base.weight.T if transposed else base.weight, A, B, sign * scale)
@@ -389,10 +387,3 @@ class HistoryLinear(lora.Linear):
     def _raise_generation(self) -> None:
         if self.task_history is not None:
             self.task_history.generation += 1
-
-
-def attach_history(layer: Any, tasks: TaskHistory) -> None:
-    """Make the layer add its history's output."""
-    if getattr(layer, "task_history", None) is None and not isinstance(layer, HistoryLinear):
-        layer.register_forward_hook(add_history, with_kwargs=True)
-    layer.task_history = tasks

@@ -39,7 +39,7 @@ from .layer import (
     HistoryLinear,
     active_in,
     adapters_in,
-    attach_history,
+    add_history,
     bias_of,
     check_layers,
     collect_layers,
@@ -303,7 +303,9 @@ class ASOLoraModel(LoraModel):
         """After adapters were added or deleted: resolve names, attach the history to the layers, freeze it."""
         self.tasks.refresh(self.peft_config)
         for layer in self.lora_layers().values():
-            attach_history(layer, self.tasks)
+            if getattr(layer, "task_history", None) is None and not isinstance(layer, HistoryLinear):
+                layer.register_forward_hook(add_history, with_kwargs=True)
+            layer.task_history = self.tasks
         self._freeze_history()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -345,7 +347,8 @@ class ASOLoraModel(LoraModel):
         return list(found.values())
 
     def _freeze_history(self) -> None:
-        frozen, fixed = self.tasks.frozen, self.tasks.fixed
+        frozen = self.tasks.frozen
+        fixed = [name for name, config in self.peft_config.items() if not config.train_a]
         for module in self._wrappers():
             if isinstance(module, LoraLayer):
                 freeze_history(module, frozen, fixed)
@@ -654,9 +657,9 @@ class ASOLoraModel(LoraModel):
             for name, layer in layers.items()
             if not (isinstance(layer, HistoryLinear) and layer.can_merge_at_once(adapters_in(layer, expanded)))
         ]
-        if others and self.tasks.merges[names[-1]] != "sum":
+        if others and self.peft_config[names[-1]].merge != "sum":
             raise ValueError(
-                f"merge={self.tasks.merges[names[-1]]!r} merges linear layers only, and there is {others[0]}. Use "
+                f"merge={self.peft_config[names[-1]].merge!r} merges linear layers only, and {others[0]} is none. Use "
                 "peft_aso.export_merged."
             )
         heads = [name for name in expanded if name not in names and self.peft_config[name].modules_to_save]
