@@ -76,7 +76,9 @@ def test_without_a_penalty_it_is_trls_trainer_bit_for_bit(tmp_path: Path, settin
 
 def test_chat_messages_need_assistant_only_loss(tmp_path: Path) -> None:
     roles = ("user", "assistant")
-    rows = [{"messages": [{"role": r, "content": c} for r, c in zip(roles, pair, strict=True)]} for pair in PAIRS]
+    rows = [
+        {"messages": [{"role": r, "content": c.strip()} for r, c in zip(roles, pair, strict=True)]} for pair in PAIRS
+    ]
     messages = datasets.Dataset.from_list(rows)
     with pytest.raises(ValueError, match="assistant_only_loss=True"):
         trainer_of(chain(), tmp_path, messages).train()
