@@ -121,7 +121,8 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], max_answer_tokens: in
         _refuse(wrong, "Row {row} has labels on padding. Set them to -100, or set attention_mask to 1 there.")
     if kind == "causal":
         complete = ~((labels == IGNORE) & tokens).any(1)
-        _refuse(complete, "Row {row} has labels on every token. Set the labels of the prompt to -100.")
+        message = "Row {row} has labels on every token. Set the labels of the prompt to -100"
+        _refuse(complete, message + " (for chat messages in TRL: assistant_only_loss=True).")
     _refuse(
         labelled.sum(1) > max_answer_tokens,
         f"Row {{row}} has more answer tokens than max_answer_tokens={max_answer_tokens}. Set the labels of its prompt "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_choice(name: str, value: object, choices: tuple[str | bool, ...]) -> None:
@@ -13,13 +14,28 @@ def check_choice(name: str, value: object, choices: tuple[str | bool, ...]) -> N
         raise ValueError(f"{name}={value!r} is not known. Choose one of: {', '.join(map(str, choices))}.")
 
 
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def check_fields(config: object, kind: type) -> None:
+    """Check the fields that the dataclass `kind` adds to those it inherits: ValueError for a value that is none of a
+    `Literal`'s choices, TypeError for one that does not have the type of its hint."""
+    hints = get_type_hints(kind)
+    for name, written in kind.__annotations__.items():
+        value, hint = getattr(config, name), hints[name]
+        if get_origin(hint) is Literal:
+            check_choice(name, value, get_args(hint))
+        elif not _fits(value, hint):
+            raise TypeError(f"{name}={value!r} is not of the type {written}.")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is not None:  # a list, or a dictionary's values
+        values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(each, parts[-1]) for each in values)
+    if hint is Any or isinstance(value, bool):
+        return hint in (Any, bool)
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def setting(default: object, help_text: str) -> Any:
@@ -33,6 +49,7 @@ class AttributionConfig:
 
     Raises:
         ValueError: a value outside of what a field's help lists.
+        TypeError: a value of another type.
     """
 
     steps: int = setting(
@@ -85,8 +102,9 @@ class AttributionConfig:
     clip: bool = setting(False, "Clip psi to [0, 1]. Off: Eq. 6 unchanged, a negative w makes psi larger than 1.")
     refresh: float = setting(
         0.1,
-        "When the current task's vector is computed again: a fraction of the run if below 1, else a number of "
-        "optimizer steps; 0: only once, before the first step.",
+        "When the current task's vector is computed again: a fraction of the run (0.1: ten times, 1.0: once), or a "
+        "number of optimizer steps (1: each, 50); 0: once. The first time is before the first step. Until the second "
+        "the newest earlier task has psi = 1.",
     )
     probe_size: int = setting(
         16,
@@ -95,15 +113,11 @@ class AttributionConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(AttributionConfig).items():
-            if get_origin(hint) is Literal:
-                check_choice(name, getattr(self, name), get_args(hint))
-        for name in ("steps", "probe_size", "max_answer_tokens"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
-        if self.max_rows is not None and not _is_count(self.max_rows):
-            raise ValueError(f"max_rows={self.max_rows!r} must be at least 1, or None to choose.")
-        if not is_number(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
+        check_fields(self, AttributionConfig)
+        for name in ("steps", "probe_size", "max_answer_tokens", "max_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not math.isfinite(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
             raise ValueError(
                 f"refresh={self.refresh!r}: give a fraction of the run (0.1: ten times), a whole number of "
                 "steps (50), or 0 for once at the start."

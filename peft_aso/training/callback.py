@@ -18,27 +18,24 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from ..tuner import ASOLoraModel
-from .coefficients import Coefficients, attribution_of, require_tuner, store_attribution, update_coefficients
+from .coefficients import attribution_of, require_tuner, update_coefficients
 
 # examples in a batch of the probe; attribution splits it further by memory
 BATCH = 16
 
 
-class NoAnswersError(ValueError):
-    """All labels of the training data are -100: there is nothing to attribute, and no loss."""
+class UnusableDataError(ValueError):
+    """The training data have no answers, or cannot be put into batches: there is nothing to attribute, and no loss."""
 
 
 class ASOCallback(TrainerCallback):
     """Updates w and psi before the first step and as the run goes on; stores the task's vector at its end.
 
     Attributes:
-        last (`Coefficients`): the result of the last update.
         restored (`bool`): psi came from a checkpoint; the first update is the next one that is due.
     """
 
     def __init__(self) -> None:
-        self.last: Coefficients | None = None
         self.restored = False
         self._probe: list[dict[str, Any]] = []
 
@@ -51,16 +48,23 @@ class ASOCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         tuner = require_tuner(kwargs["model"])
         refresh = tuner.peft_config[tuner.current_task].attribution.refresh
-        every = int(refresh) if refresh >= 1 else math.ceil(refresh * state.max_steps)
+        steps = isinstance(refresh, int) or refresh > 1  # 1.0 is the complete run
+        every = int(refresh) if steps else math.ceil(refresh * state.max_steps)
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self._update(args, kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        tuner = require_tuner(kwargs["model"])
+        task = tuner.current_task
+        config = tuner.peft_config[task]
         try:
-            if self._probe:
-                store_attribution(kwargs["model"], self._probe, progress=not args.disable_tqdm)
+            if self._probe:  # its mean vector is saved with the adapter
+                progress = not args.disable_tqdm
+                vector = attribution_of(kwargs["model"], task, self._probe, config.attribution, progress=progress)
+                tuner.attribution[task] = vector.mean_vector().cpu()
+                config.attribution_layout = [list(entry) for entry in vector.layout]
         except Exception as error:  # the task is learned: a script that goes on to save it must not end here
-            _warn_not_stored(args, require_tuner(kwargs["model"]).current_task, error)
+            _warn_not_stored(args, task, error)
         self._probe = []
 
     def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
@@ -78,10 +82,10 @@ class ASOCallback(TrainerCallback):
         try:
             probe = choose_probe(loader, settings.probe_size, probe_seed(args))
             attribution_of(model, task, probe, replace(settings, steps=1, quadrature="riemann"))
-        except NoAnswersError:
+        except UnusableDataError:
             raise
         except Exception as error:  # models raise all kinds of errors here
-            if _has_penalty(tuner) or settings.source == "stored":
+            if tuner.has_penalty(task) or settings.source == "stored":
                 raise ValueError(
                     f"{task!r} needs attribution, for psi or for the vector that it stores, and attribution cannot "
                     f"read the task: {str(error).rstrip('.')}. AttributionConfig(similarity='none') trains without it "
@@ -93,18 +97,13 @@ class ASOCallback(TrainerCallback):
 
     def _update(self, args: TrainingArguments, model: nn.Module) -> None:
         tuner = require_tuner(model)
-        if not _has_penalty(tuner):
+        if not tuner.has_penalty(tuner.current_task):
             return
-        self.last = update_coefficients(model, self._probe, progress=not args.disable_tqdm)
+        update_coefficients(model, self._probe, progress=not args.disable_tqdm)
         if args.world_size > 1:  # all take the first process's psi and w: theirs may differ in the last digits
             found = [tuner.soft_coefficients, tuner.peft_config[tuner.current_task].similarities]
             psi, similarities = broadcast_object_list(found)
             tuner.set_soft_coefficients(psi, similarities=similarities)
-
-
-def _has_penalty(tuner: ASOLoraModel) -> bool:
-    """Whether the current task has a penalty for psi to weigh."""
-    return bool(tuner.history) and tuner.peft_config[tuner.current_task].resolved_penalty_weight > 0
 
 
 def _warn_not_stored(args: TrainingArguments, task: str, reason: Exception) -> None:
@@ -138,7 +137,7 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
         seed: of the choice.
 
     Raises:
-        NoAnswersError: no example has answer tokens.
+        UnusableDataError: no example has answer tokens, or the collator does not pad examples of different lengths.
         ValueError: the batches have no labels.
     """
     with _seeded(seed):
@@ -147,7 +146,13 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
         batches: list[dict[str, Any]] = []
         missing = size
         while missing and (group := list(islice(answering, min(BATCH, missing)))):
-            batch = dict(loader.collate_fn(group))
+            try:
+                batch = dict(loader.collate_fn(group))
+            except (RuntimeError, ValueError) as error:  # each of them alone made a batch
+                raise UnusableDataError(
+                    f"The collator cannot put examples into one batch: {str(error).rstrip('.')}. If they differ in "
+                    "length, pass a collator that pads, such as data_collator=DataCollatorForSeq2Seq(tokenizer)."
+                ) from error
             answered = _answered(batch)
             missing -= len(group) - int((~answered).sum())  # a collator may pack several examples in a row
             if not answered.all():  # only tensors with a row for each example are cut
@@ -156,7 +161,7 @@ def choose_probe(loader: DataLoader[Any], size: int, seed: int) -> list[dict[str
             if answered.any():
                 batches.append(batch)
         if not batches:
-            raise NoAnswersError(
+            raise UnusableDataError(
                 "No example of the training data has answer tokens: all labels are -100. The attribution (and the "
                 "loss) need labels on the answer; check the tokenization, truncation and chat template."
             )

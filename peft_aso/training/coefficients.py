@@ -14,7 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attribution import AttributionConfig, AttributionVector, Layout, attribute, normalized
+from ..sharding import full_tensor
 from ..tuner import ASOLoraModel
+from ..tuner.layer import matrices_of
 from ..tuner.model import tuner_of
 
 Batches = Sequence[Mapping[str, Any]]
@@ -47,6 +49,12 @@ def require_tuner(model: nn.Module) -> ASOLoraModel:
             "`model = get_peft_model(model, ASOLoraConfig(...), adapter_name=<task>)`."
         )
     return tuner
+
+
+def is_untrained(tuner: ASOLoraModel) -> bool:
+    """Whether the current task's B is 0 everywhere, as PEFT starts it."""
+    task = tuner.current_task
+    return not any(full_tensor(matrices_of(each, task)[1]).any() for each in tuner.lora_layers([task]).values())
 
 
 # ---- attribution -------------------------------------------------------------------------------------------
@@ -82,14 +90,9 @@ def compute_attribution(
         FastPathUnsupported: with `method="fast"`, where the model or the batch does not allow it.
         MissingHistoryError: a task of the adapter's history is not loaded.
     """
-    config = AttributionConfig(
-        steps=steps,
-        quadrature=quadrature,  # type: ignore[arg-type]
-        neurons=neurons if neurons is None or isinstance(neurons, str) else list(neurons),
-        stacks=stacks,  # type: ignore[arg-type]
-        max_rows=max_rows,
-        max_answer_tokens=max_answer_tokens,
-    )
+    choice: Any = {"quadrature": quadrature, "stacks": stacks, "steps": steps, "max_rows": max_rows}
+    names = neurons if neurons is None or isinstance(neurons, str) else list(neurons)
+    config = AttributionConfig(neurons=names, max_answer_tokens=max_answer_tokens, **choice)
     with _task_model(model, adapter, alone):
         return attribute(model, batch, config, method=method, progress=progress)
 
@@ -127,16 +130,6 @@ def attribution_of(
         return AttributionVector.cat([attribute(model, batch, config) for batch in bar])
 
 
-def store_attribution(model: nn.Module, batches: Batches, *, progress: bool = False) -> None:
-    """Store the current task's mean attribution vector on its own data in the model; it is saved with the adapter."""
-    tuner = require_tuner(model)
-    task = tuner.current_task
-    config = tuner.peft_config[task]
-    vector = attribution_of(model, task, batches, config.attribution, progress=progress)
-    tuner.attribution[task] = vector.mean_vector().cpu()
-    config.attribution_layout = [list(entry) for entry in vector.layout]
-
-
 # ---- w and psi ---------------------------------------------------------------------------------------------
 
 
@@ -146,7 +139,8 @@ def update_coefficients(
     """Compute w and psi of the current task on its probe, and set psi in the model.
 
     Call it before the first step and now and then as the training goes on, with the *same* batches: the history's
-    vectors on them are computed at the first call only.
+    vectors on them are computed at the first call only. An untrained task (B = 0) is the model of the task before it:
+    their w is 1 whatever the task is, so their psi is 1 until a call after some training measures it.
 
     Args:
         model: a PEFT model with ASO-LoRA adapters; the active one is the current task. Its settings are in
@@ -193,6 +187,9 @@ def update_coefficients(
     psi = {name: 1 - value for name, value in w.items()}  # Eq. 6
     if settings.clip:
         psi = {name: value.clamp(0, 1) for name, value in psi.items()}
+    if settings.source == "current" and config.attribution_model == "cumulative" and is_untrained(tuner):
+        same = [name for name in history if set(tuner.tasks.expand([name])) == set(history)]
+        psi.update({name: torch.ones_like(psi[name]) for name in same})
     config.attribution_layout = [list(entry) for entry in current.layout]
     similarities = {name: value.float().tolist() for name, value in w.items()}
     coefficients = {name: value.float().tolist() for name, value in psi.items()}

@@ -18,10 +18,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attribution import eval_mode, unwrap
-from ..tuner import ASOLoraModel
 from ..tuner.layer import adapters_in, low_rank, matrices_of
 from ..tuner.starts import STARTS, needs_inputs
-from .coefficients import require_tuner
+from .coefficients import is_untrained, require_tuner
 
 # examples of the training data, from which the Trainer takes the directions
 INPUT_EXAMPLES = 64
@@ -78,12 +77,6 @@ def initialize_from_inputs(model: nn.Module, batches: Sequence[Mapping[str, Any]
                 history = [low_rank(layer, old) for old in adapters_in(layer, tuner.history)]
                 A = matrices_of(layer, task)[0]
                 A.copy_(start(A.detach(), history, inputs=moments.pop(name, None)))
-
-
-def is_untrained(tuner: ASOLoraModel) -> bool:
-    """Whether the current task's B is 0 everywhere, as PEFT starts it."""
-    task = tuner.current_task
-    return not any(bool(matrices_of(layer, task)[1].any()) for layer in tuner.lora_layers([task]).values())
 
 
 def _groups(layers: Mapping[str, LoraLayer]) -> Iterator[dict[str, LoraLayer]]:

@@ -23,8 +23,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..tuner import ASOLoraModel
 from ..tuner.starts import needs_inputs
 from .callback import ASOCallback, choose_probe, probe_seed
-from .coefficients import require_tuner
-from .init_from_inputs import INPUT_EXAMPLES, initialize_from_inputs, is_untrained
+from .coefficients import is_untrained, require_tuner
+from .init_from_inputs import INPUT_EXAMPLES, initialize_from_inputs
 
 
 class ASOTrainerMixin:
@@ -122,7 +122,7 @@ class ASOTrainerMixin:
         share = steps if scaled else 1
         self._summed_steps += 1 / steps
         self._sums["task_loss"] += loss.detach().float() * share / steps
-        if config.resolved_penalty_weight > 0 and tuner.history:
+        if tuner.has_penalty(tuner.current_task):
             penalty = tuner.orthogonality_penalty().to(loss.device)
             self._sums["orthogonality_penalty"] += penalty.detach() / steps
             loss = loss + config.resolved_penalty_weight * penalty / share

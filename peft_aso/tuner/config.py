@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
 
-from ..attribution.config import AttributionConfig, check_choice, is_number, setting
+from ..attribution.config import AttributionConfig, check_choice, check_fields, setting
 from .low_rank import MERGES
 from .penalties import PENALTIES
 from .starts import STARTS, needs_inputs
@@ -20,17 +21,8 @@ def _names(registry: Any) -> str:
     return ", ".join(map(repr, registry))
 
 
-def _check_weight(name: str, value: float) -> None:
-    if not is_number(value) or value < 0:
-        raise ValueError(f"{name}={value!r}: the weight of a penalty is a finite number that is not below 0.")
-
-
-def _attribution_config(value: object) -> AttributionConfig:
-    """The settings as they are, or from the dictionary in a saved config."""
-    if isinstance(value, AttributionConfig):
-        return value
-    if not isinstance(value, dict):
-        raise TypeError(f"attribution={value!r}: give an AttributionConfig.")
+def _attribution_config(value: dict[str, Any]) -> AttributionConfig:
+    """The settings in the dictionary of a saved config."""
     known = {setting.name for setting in fields(AttributionConfig)}
     if unknown := sorted(set(value) - known):
         warnings.warn(
@@ -48,7 +40,7 @@ class ASOLoraConfig(LoraConfig):
     Raises:
         ValueError: a value outside of what a field's help lists, settings that contradict each other, or what
             `LoraConfig` refuses.
-        TypeError: a task name, history or attribution of another type.
+        TypeError: a value of one of these fields that is of another type.
     """
 
     task_name: str | None = setting(
@@ -119,36 +111,34 @@ class ASOLoraConfig(LoraConfig):
         super().__post_init__()
         self._adapter_name: str | None = None  # set when it is added: with history=[] the user's object is not changed
         self.peft_type = PeftType(PEFT_TYPE_NAME)
-        self.attribution = _attribution_config(self.attribution)
+        if isinstance(self.attribution, dict):
+            self.attribution = _attribution_config(self.attribution)
         if self.history_form == "dense":  # type: ignore[comparison-overlap]  # of earlier versions
             self.history_form = "auto"
-        check_choice("forward_history", self.forward_history, ("stacked", "isolated"))
-        check_choice("history_form", self.history_form, ("auto", "stacked", "folded"))
+        if isinstance(self.history, tuple):
+            self.history = list(self.history)
+        check_fields(self, ASOLoraConfig)
         check_choice("penalty", self.penalty, tuple(PENALTIES))
         check_choice("project_init", self.project_init, (False, True, *STARTS))
         check_choice("merge", self.merge, tuple(MERGES))
-        if self.task_name is not None and (not isinstance(self.task_name, str) or not self.task_name):
-            raise TypeError(f"task_name={self.task_name!r}: give the task's name, or None for the adapter's.")
+        if self.task_name == "":
+            raise ValueError("task_name='': give the task's name, or None for the adapter's.")
         if needs_inputs(self.project_init) and self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
                 f"project_init={self.project_init!r} needs B to start at 0, and init_lora_weights="
                 f"{self.init_lora_weights!r} starts it otherwise. Leave one of the two out."
             )
-        if self.penalty_weight is not None:
-            _check_weight("penalty_weight", self.penalty_weight)
-            if self.penalty_weight > 0 and not self.train_a:
-                raise ValueError(
-                    f"penalty_weight={self.penalty_weight} acts on A, and with train_a=False A does not move. Leave "
-                    "one of the two out."
-                )
-        _check_weight("l2_weight", self.l2_weight)
-        if self.history is not None:
-            is_list = isinstance(self.history, (list, tuple))
-            if not is_list or not all(isinstance(task, str) for task in self.history):
-                raise TypeError(f"history={self.history!r}: give a list of task names, oldest first.")
-            self.history = list(self.history)
-            if len(set(self.history)) != len(self.history):
-                raise ValueError(f"history={self.history} names a task twice.")
+        for name in ("penalty_weight", "l2_weight"):
+            weight = getattr(self, name) or 0.0
+            if not math.isfinite(weight) or weight < 0:
+                raise ValueError(f"{name}={weight}: the weight of a penalty is a finite number that is not below 0.")
+        if self.penalty_weight and not self.train_a:
+            raise ValueError(
+                f"penalty_weight={self.penalty_weight} acts on A, and with train_a=False A does not move. Leave "
+                "one of the two out."
+            )
+        if self.history is not None and len(set(self.history)) != len(self.history):
+            raise ValueError(f"history={self.history} names a task twice.")
 
     @property
     def resolved_penalty_weight(self) -> float:

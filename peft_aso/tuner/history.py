@@ -7,6 +7,7 @@ ones, and refuses what cannot be: an unknown name, a task that is its own ancest
 from __future__ import annotations
 
 import graphlib
+import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -56,43 +57,40 @@ class TaskHistory:
         histories: adapter -> the loaded adapters of its history, oldest first.
         missing: adapter -> the task names of its history that are not loaded; adapters without any are left out.
         frozen: adapters that are in some adapter's history; they never train.
-        fixed: adapters whose A does not train (`train_a=False`).
-        isolated: adapters whose history is left out of the forward pass while they train.
-        forms, merges: adapter -> `history_form` and `merge` of its config.
+        configs: adapter -> its config.
         generation: rises with every call that changes adapters, their weights, devices or dtypes (an optimizer step
             changes the current task alone and does not count). What is computed from the frozen weights is valid for
             one generation.
         alone: True inside `ASOLoraModel.only`: adapters run without their history.
         fold_active: True inside `ASOLoraModel.folded`: active adapters are folded into the base weights as well.
         sharded: True if FSDP2 shards the weights: nothing that a layer computes from them is cached.
+        lock: held inside `only`, `through` and `folded`, which change what every layer computes.
     """
 
     def __init__(self) -> None:
         self.histories: dict[str, tuple[str, ...]] = {}
         self.missing: dict[str, tuple[str, ...]] = {}
         self.frozen: frozenset[str] = frozenset()
-        self.fixed: frozenset[str] = frozenset()
-        self.isolated: frozenset[str] = frozenset()
-        self.forms: dict[str, str] = {}
-        self.merges: dict[str, str] = {}
+        self.configs: Mapping[str, Any] = {}
         self.generation = 0
         self.alone = False
         self.fold_active = False
         self.sharded = False
-        self._cache: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have an empty cache."""
-        return {**self.__dict__, "_cache": None}
+        """Copies and pickles have an empty cache, and a lock of their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cache = WeakKeyDictionary()
+        self._cache: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+        self.lock = threading.RLock()
 
     def refresh(self, configs: Mapping[str, Any]) -> None:
         """Resolve all names anew; called after an adapter was added or deleted."""
         self.generation += 1
-        self.histories, self.missing = {}, {}
+        self.histories, self.missing, self.configs = {}, {}, configs
         holders: dict[str, list[str]] = {}
         for adapter, config in configs.items():
             holders.setdefault(task_name_of(adapter, config), []).append(adapter)
@@ -105,10 +103,6 @@ class TaskHistory:
             if missing := tuple(task for task, name in found.items() if name is None):
                 self.missing[adapter] = missing
         self.frozen = frozenset(name for names in self.histories.values() for name in names)
-        self.fixed = frozenset(name for name, config in configs.items() if not config.train_a)
-        self.isolated = frozenset(name for name, config in configs.items() if config.forward_history == "isolated")
-        self.forms = {name: config.history_form for name, config in configs.items()}
-        self.merges = {name: config.merge for name, config in configs.items()}
 
     def dependents(self, adapter: str) -> list[str]:
         """The adapters that have `adapter` in their history."""
@@ -135,7 +129,7 @@ class TaskHistory:
         self.require(active)
         if self.alone:
             return ()
-        running = [name for name in active if not (training and name in self.isolated)]
+        running = [name for name in active if not (training and self.configs[name].forward_history == "isolated")]
         found = dict.fromkeys(old for name in running for old in self.histories.get(name, ()))
         return tuple(old for old in found if old not in active)
 

@@ -7,9 +7,11 @@ never written to, except by merging.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +103,17 @@ def remove_adapter(model: nn.Module, adapter_name: str, active: Sequence[str]) -
             setattr(model.get_submodule(parent), child, original)
 
 
+def untie(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Give a layer its own copy of a base weight that other modules use too (tied embeddings), to merge into."""
+    holders = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for layer in layers:
+        weight = layer.base_layer._parameters.get("weight")
+        if holders[id(weight)] > 1:
+            holders[id(weight)] -= 1
+            layer.base_layer = copy.copy(layer.base_layer)  # another module may hold the old one
+            layer.base_layer._parameters = {**layer.base_layer._parameters, "weight": copy.deepcopy(weight)}
+
+
 def freeze_history(layer: LoraLayer, history: Collection[str], fixed: Collection[str]) -> None:
     """Declare adapters that are history, and A of those in `fixed`, as frozen through PEFT's
     `frozen_peft_weight_names`.
@@ -121,6 +134,22 @@ def freeze_history(layer: LoraLayer, history: Collection[str], fixed: Collection
     if names != layer.frozen_peft_weight_names:
         layer.frozen_peft_weight_names = names
     layer._freeze_non_trainable_peft_weights()
+
+
+@contextmanager
+def active_in(modules: Sequence[Any], names: Sequence[str], head: str | None) -> Iterator[None]:
+    """Inside the context these adapters are active in all LoRA layers, and the heads are those of `head`."""
+    before = [module._active_adapter for module in modules]
+    try:
+        for module in modules:
+            if isinstance(module, LoraLayer):
+                module._active_adapter = list(names)
+            elif head is not None:
+                module._active_adapter = head if head in module._get_available_adapters() else []
+        yield
+    finally:
+        for module, active in zip(modules, before, strict=True):
+            module._active_adapter = active
 
 
 # ---- the history in the forward pass -------------------------------------------------------------------------------
@@ -144,9 +173,7 @@ class Folded(NamedTuple):
 def _stack(layer: LoraLayer, names: Sequence[str], dtype: torch.dtype | None) -> Stacked:
     A, B, _ = sum_updates([low_rank(layer, name) for name in names])
     bias = bias_of(layer, names)
-    if dtype is None:
-        return Stacked(A, B, bias)
-    return Stacked(A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype))
+    return Stacked(A.to(dtype=dtype), B.to(dtype=dtype), None if bias is None else bias.to(dtype=dtype))
 
 
 def _fold(layer: Any, names: Sequence[str]) -> Folded:
@@ -196,7 +223,7 @@ def can_fold(layer: Any) -> bool:
 def _folded_for(layer: HistoryLinear, x: torch.Tensor, history: Sequence[str], active: Sequence[str]) -> Folded | None:
     """Base weight, history and, inside `ASOLoraModel.folded`, active adapters as one weight; None if not possible."""
     tasks: Any = layer.task_history
-    form = tasks.forms.get(active[0], "auto") if active else "auto"
+    form = tasks.configs[active[0]].history_form if active else "auto"
     fold_active = tasks.fold_active and not layer.training
     if form == "stacked" and not fold_active or tasks.sharded or torch.compiler.is_compiling():
         return None
@@ -333,7 +360,7 @@ class HistoryLinear(lora.Linear):
     @torch.no_grad()
     def _add_to_base(self, names: Sequence[str], sign: int, check: bool) -> None:
         base = self.base_layer
-        merge = MERGES[self.task_history.merges[names[-1]]] if self.task_history is not None else sum_updates
+        merge = MERGES[self.task_history.configs[names[-1]].merge] if self.task_history is not None else sum_updates
         A, B, scale = merge([low_rank(self, name) for name in names])
         transposed, more = isinstance(base, Conv1D), bias_of(self, names)
         weight = add_product(base.weight.T if transposed else base.weight, A, B, sign * scale)
@@ -360,10 +387,3 @@ class HistoryLinear(lora.Linear):
     def _raise_generation(self) -> None:
         if self.task_history is not None:
             self.task_history.generation += 1
-
-
-def attach_history(layer: Any, tasks: TaskHistory) -> None:
-    """Make the layer add its history's output."""
-    if getattr(layer, "task_history", None) is None and not isinstance(layer, HistoryLinear):
-        layer.register_forward_hook(add_history, with_kwargs=True)
-    layer.task_history = tasks

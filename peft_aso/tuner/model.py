@@ -37,8 +37,9 @@ from .history import (
 )
 from .layer import (
     HistoryLinear,
+    active_in,
     adapters_in,
-    attach_history,
+    add_history,
     bias_of,
     check_layers,
     collect_layers,
@@ -46,6 +47,7 @@ from .layer import (
     low_rank,
     matrices_of,
     remove_adapter,
+    untie,
 )
 from .low_rank import LowRank
 from .penalties import ModuleGroup, group_modules, layers_of_modules, total_penalty
@@ -82,6 +84,7 @@ class ASOLoraModel(LoraModel):
         self._new: dict[str, list[nn.Parameter]] = {}  # by the user, until PEFT has settled their dtype
         self._without_weights: dict[str, list[nn.Parameter]] = {}  # from a file, until their weights are loaded
         self._adding_combined = False
+        self._penalised: set[str] = set()  # tasks whose penalty was computed, or that were warned about
 
     # ---- adding and deleting adapters ------------------------------------------------------------------------------
 
@@ -293,13 +296,16 @@ class ASOLoraModel(LoraModel):
         self._loaded_hashes.pop(adapter_name, None)
         self._without_weights.pop(adapter_name, None)
         self._new.pop(adapter_name, None)
+        self._penalised.discard(adapter_name)
         self._sync_history()
 
     def _sync_history(self) -> None:
         """After adapters were added or deleted: resolve names, attach the history to the layers, freeze it."""
         self.tasks.refresh(self.peft_config)
         for layer in self.lora_layers().values():
-            attach_history(layer, self.tasks)
+            if getattr(layer, "task_history", None) is None and not isinstance(layer, HistoryLinear):
+                layer.register_forward_hook(add_history, with_kwargs=True)
+            layer.task_history = self.tasks
         self._freeze_history()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -341,7 +347,8 @@ class ASOLoraModel(LoraModel):
         return list(found.values())
 
     def _freeze_history(self) -> None:
-        frozen, fixed = self.tasks.frozen, self.tasks.fixed
+        frozen = self.tasks.frozen
+        fixed = [name for name, config in self.peft_config.items() if not config.train_a]
         for module in self._wrappers():
             if isinstance(module, LoraLayer):
                 freeze_history(module, frozen, fixed)
@@ -351,13 +358,38 @@ class ASOLoraModel(LoraModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate a task on top of its history. Only the task trains, and only if nothing is built on it."""
         self.tasks.refresh(self.peft_config)
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in () if inference_mode else names:
-            self._loaded_hashes.pop(name, None)  # it may train
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for name in names:
-            self._without_weights.pop(name, None)  # whoever activates an adapter uses it as it is
         self._freeze_history()
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self._without_weights.pop(name, None)  # whoever activates an adapter uses it as it is
+            if not inference_mode:
+                self._loaded_hashes.pop(name, None)  # it may train
+                self._expect_penalty(name)
+
+    def _expect_penalty(self, task: str) -> None:
+        """Warn once if an optimizer changes the task's weights and nothing has computed its penalty."""
+        weight = matrices_of(next(iter(self.lora_layers([task]).values())), task)[1]
+        start: list[torch.Tensor] = []
+
+        def after_backward(weight: torch.Tensor) -> None:
+            if task in self._penalised or not self.has_penalty(task):
+                return
+            if not start:
+                start.append(weight.detach().clone())
+            elif not torch.equal(start[0], weight):
+                self._penalised.add(task)
+                warnings.warn(
+                    f"{task!r} is trained without the penalty of its config. Use ASOTrainer (for TRL ASOSFTTrainer), "
+                    "add model.base_model.orthogonality_penalty() to the loss, or set penalty_weight=0.",
+                    stacklevel=1,
+                )
+
+        if weight.requires_grad and task not in self._penalised:
+            weight.register_post_accumulate_grad_hook(after_backward)
+
+    def has_penalty(self, task: str) -> bool:
+        """Whether a task has a history and a penalty to hold it orthogonal to that."""
+        return bool(self.tasks.histories[task]) and self.peft_config[task].resolved_penalty_weight > 0
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As PEFT's; the history stays frozen."""
@@ -410,7 +442,8 @@ class ASOLoraModel(LoraModel):
     def only(self, adapter_name: str) -> Iterator[None]:
         """Inside the context the model is base + this adapter alone (Eq. 2).
 
-        Active adapters are as before afterwards; `requires_grad` is not touched.
+        Active adapters are as before afterwards; `requires_grad` is not touched. Another thread that enters `only`,
+        `through` or `folded` of the same model waits; one that runs the model without them sees the change.
 
         Raises:
             ValueError: no such adapter (the adapter's name, if the task's differs), or merged adapters.
@@ -433,29 +466,13 @@ class ASOLoraModel(LoraModel):
         self._check_names([adapter_name])
         if self.is_merged:
             raise ValueError("The adapters are merged into the base weights. Call model.unmerge_adapter() first.")
-        active, was_alone = self.active_adapter, self.tasks.alone
-        with self._active_in_layers([adapter_name], adapter_name):
+        with self.tasks.lock, active_in(self._wrappers(), [adapter_name], adapter_name):
+            active, was_alone = self.active_adapter, self.tasks.alone
             try:
                 self.active_adapter, self.tasks.alone = adapter_name, alone
                 yield
             finally:
                 self.active_adapter, self.tasks.alone = active, was_alone
-
-    @contextmanager
-    def _active_in_layers(self, names: list[str], head: str | None) -> Iterator[None]:
-        """Inside the context these adapters are active in all LoRA layers, and the heads are those of `head`."""
-        modules = self._wrappers()
-        before = [module._active_adapter for module in modules]
-        try:
-            for module in modules:
-                if isinstance(module, LoraLayer):
-                    module._active_adapter = list(names)
-                elif head is not None:
-                    module._active_adapter = head if head in module._get_available_adapters() else []
-            yield
-        finally:
-            for module, active in zip(modules, before, strict=True):
-                module._active_adapter = active
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -466,12 +483,13 @@ class ASOLoraModel(LoraModel):
         matrix is not the same sum in float32 (half precision, quantized weights, embeddings, DoRA) run as usual.
         `only` and `through` work inside and around. The matrices are freed at the end.
         """
-        before, self.tasks.fold_active = self.tasks.fold_active, True
-        try:
-            yield
-        finally:
-            self.tasks.fold_active = before
-            self.tasks.drop_cached(self.lora_layers().values())
+        with self.tasks.lock:
+            before, self.tasks.fold_active = self.tasks.fold_active, True
+            try:
+                yield
+            finally:
+                self.tasks.fold_active = before
+                self.tasks.drop_cached(self.lora_layers().values())
 
     @property
     def is_sharded(self) -> bool:
@@ -556,6 +574,7 @@ class ASOLoraModel(LoraModel):
         """
         task = self.current_task
         self.tasks.require([task])
+        self._penalised.add(task)
         layers = self.lora_layers([task])
         new = {}
         for name, layer in layers.items():
@@ -628,18 +647,19 @@ class ASOLoraModel(LoraModel):
         self.tasks.require(names)
         self.tasks.generation += 1
         expanded = self.tasks.expand(names)
+        layers = self.lora_layers(expanded)
+        untie(self.model, layers.values())
         if expanded == names:  # layers may have other adapters active, and PEFT merges those
             yield adapter_names
             return
-        layers = self.lora_layers(expanded)
         others = [
             name
             for name, layer in layers.items()
             if not (isinstance(layer, HistoryLinear) and layer.can_merge_at_once(adapters_in(layer, expanded)))
         ]
-        if others and self.tasks.merges[names[-1]] != "sum":
+        if others and self.peft_config[names[-1]].merge != "sum":
             raise ValueError(
-                f"merge={self.tasks.merges[names[-1]]!r} merges linear layers only, and there is {others[0]}. Use "
+                f"merge={self.peft_config[names[-1]].merge!r} merges linear layers only, and {others[0]} is none. Use "
                 "peft_aso.export_merged."
             )
         heads = [name for name in expanded if name not in names and self.peft_config[name].modules_to_save]
@@ -649,7 +669,7 @@ class ASOLoraModel(LoraModel):
                 f"model has the one of {names}.",
                 stacklevel=4,
             )
-        with self._active_in_layers(expanded, names[-1] if adapter_names else None):
+        with active_in(self._wrappers(), expanded, names[-1] if adapter_names else None):
             yield None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -111,19 +111,10 @@ def group_modules(
 
     Returns:
         Groups over the modules that both have.
-
-    Raises:
-        ValueError: two adapters have different input sizes at a module.
     """
     buckets: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for module, update in new.items():
         pairs = history.get(module, ())
-        for task, old in pairs:
-            if old.A.shape[1] != update.A.shape[1]:
-                raise ValueError(
-                    f"{module}: the current adapter has {update.A.shape[1]} inputs, earlier task {task} has "
-                    f"{old.A.shape[1]}. They were made for different base models."
-                )
         if pairs:
             pattern = tuple((task, len(old.A)) for task, old in pairs)
             buckets[(pattern, update.A.shape, update.A.device)].append(module)

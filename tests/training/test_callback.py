@@ -13,12 +13,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.data import DataLoader, IterableDataset, default_collate
-from transformers import TrainerCallback
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, update_coefficients
 from peft_aso.training.callback import choose_probe
 from tests.tiny_models import tiny
-from tests.training.tools import QUICK, TinyTask, arguments, chain, train
+from tests.training.tools import QUICK, TinyTask, arguments, chain, tokenizer, train
 
 TARGETS = r".*\.(q_proj|v_proj|query|value)"
 
@@ -56,17 +56,25 @@ def warned(trainer: ASOTrainer) -> list[str]:
     return [str(each.message) for each in caught if "attribution" in str(each.message)]
 
 
-@pytest.mark.parametrize(("refresh", "steps"), [(0, [0]), (2, [0, 2]), (0.25, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("refresh", "steps"), [(0, [0]), (1.0, [0]), (1, [0, 1, 2, 3]), (2, [0, 2]), (0.25, [0, 1, 2, 3]), (0.5, [0, 2])]
+)
 def test_psi_is_updated_before_the_first_step_and_every_refresh(tmp_path: Path, refresh: float, steps: Any) -> None:
+    """A float up to 1 is a fraction of the run. psi of the newest earlier task is 1 until the first refresh."""
     psi: list[float] = []
+    w: list[float] = []
 
     class Record(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             psi.append(kwargs["model"].base_model.soft_coefficients["first"])
+            w.append(kwargs["model"].peft_config["second"].similarities["first"])
 
     train(chain(attribution=replace(QUICK, refresh=refresh)), tmp_path, more={"callbacks": [Record()]})
-    assert psi[0] == pytest.approx(0.0, abs=1e-6), "B = 0: the model of the first task"
-    assert [0, *(step for step in range(1, 4) if psi[step] != psi[step - 1])] == steps
+    assert [0, *(step for step in range(1, 4) if w[step] != w[step - 1])] == steps
+    assert w[0] == pytest.approx(1.0, abs=1e-6), "B = 0: the model of the first task"
+    first_refresh = [*steps, 4][1]
+    assert psi == [1.0] * first_refresh + [pytest.approx(1 - each) for each in w[first_refresh:]]
+    assert all(0 < each < 1 for each in psi[first_refresh:])
 
 
 def test_lambda_zero_and_similarity_none_leave_psi_at_one(tmp_path: Path) -> None:
@@ -111,6 +119,18 @@ def test_an_unreadable_task_gives_a_warning_or_an_error_where_psi_needs_it(tmp_p
     with pytest.raises(ValueError, match=f"{reason}.*similarity='none'.*penalty_weight=0"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_data_that_the_collator_cannot_put_into_batches_are_named(tmp_path: Path) -> None:
+    data = [{name: value[: 10 - index % 3] for name, value in row.items()} for index, row in enumerate(rows(10, 5))]
+    given: list[dict[str, Any]] = [{}, {"processing_class": tokenizer()}]
+    for settings in given:
+        for model in (first(), second(first(), QUICK)):
+            with pytest.raises(ValueError, match="pass a collator that pads") as error:
+                trainer_of(model, tmp_path, data, **settings).train()
+            assert "cannot read" not in str(error.value)
+    padded = trainer_of(first(), tmp_path, data, data_collator=DataCollatorForSeq2Seq(tokenizer()))
+    assert warned(padded) == [] and padded.state.global_step == 2
 
 
 def test_a_readable_task_gives_no_warning_and_stored_vectors_are_needed(tmp_path: Path) -> None:

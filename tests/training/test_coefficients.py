@@ -116,13 +116,36 @@ def test_the_vectors_of_the_history_follow_the_probe_and_the_chain() -> None:
     assert with_another_two(model) == pytest.approx(with_another_two(trained_chain()), abs=1e-6)
 
 
-def test_a_first_task_has_no_coefficients_and_an_untrained_one_equals_its_predecessor() -> None:
+def test_a_first_task_has_no_coefficients() -> None:
     only = chain(tasks=("only",))
     assert update_coefficients(only, probe(only)).similarities == {}
-    model = chain(tasks=("one", "two", "new"), attribution=quick())  # B = 0: the model of "two"
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"),  # the tasks whose psi is 1 before the first step, whatever w is
+    [({}, ["two"]), ({"granularity": "layer"}, ["two"]), ({"history": ["one"]}, ["one"]), ({"history": ["two"]}, []),
+     ({"attribution_model": "task"}, []), ({"source": "stored"}, [])],
+)  # fmt: skip
+def test_psi_of_the_task_that_an_untrained_one_equals_starts_at_one(settings: Any, held: Any) -> None:
+    """B = 0: the model of "two", so w = 1 says nothing. An update after a step measures it."""
+    more = {"history": settings["history"]} if "history" in settings else {}
+    how = {name: value for name, value in settings.items() if name != "history"}
+    model = chain(tasks=("one", "two", "new"), attribution=quick(**how), **more)
+    if "source" in settings:
+        for task in ("one", "two"):
+            vector = compute_attribution(model, probe(model)[0], adapter=task, steps=3).mean_vector()
+            model.base_model.attribution[task] = vector
     result = update_coefficients(model, probe(model))
-    assert result.soft_coefficients["two"] == pytest.approx(0.0, abs=1e-6)
-    assert result.soft_coefficients["one"] > 0.01
+    saved = model.peft_config["new"]
+    for task, w in result.similarities.items():
+        w, psi = np.atleast_1d(w), np.atleast_1d(result.soft_coefficients[task])
+        assert (psi == 1).all() if task in held else psi == pytest.approx(1 - w, abs=1e-6)
+        assert task not in held or w == pytest.approx(1, abs=1e-6)
+        assert saved.similarities[task] == result.similarities[task], "w as measured"
+    randomize(model, "new", seed=11)
+    result = update_coefficients(model, probe(model))
+    for task, w in result.similarities.items():
+        assert np.atleast_1d(result.soft_coefficients[task]) == pytest.approx(1 - np.atleast_1d(w), abs=1e-6)
 
 
 def test_a_hand_written_loop() -> None:
@@ -135,7 +158,7 @@ def test_a_hand_written_loop() -> None:
         (model.train()(**batches[0]).loss + model.base_model.orthogonality_penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert psi[0] == pytest.approx(0.0, abs=1e-6) and psi[1] > 1e-4
+    assert psi[0] == 1 and 1e-4 < psi[1] < 1
 
 
 def test_errors() -> None:

@@ -74,6 +74,19 @@ def test_without_a_penalty_it_is_trls_trainer_bit_for_bit(tmp_path: Path, settin
     assert tools.distance(their_weights, our_weights) == 0
 
 
+def test_chat_messages_need_assistant_only_loss(tmp_path: Path) -> None:
+    roles = ("user", "assistant")
+    rows = [
+        {"messages": [{"role": r, "content": c.strip()} for r, c in zip(roles, pair, strict=True)]} for pair in PAIRS
+    ]
+    messages = datasets.Dataset.from_list(rows)
+    with pytest.raises(ValueError, match="assistant_only_loss=True"):
+        trainer_of(chain(), tmp_path, messages).train()
+    trainer = trainer_of(chain(), tmp_path, messages, assistant_only_loss=True)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_packed_data_and_a_peft_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="get_peft_model"):
         peft_aso.ASOSFTTrainer(tiny("llama"), None, peft_config=ASOLoraConfig(r=2), train_dataset=data())

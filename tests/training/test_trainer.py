@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,49 @@ def test_the_history_stays_bit_for_bit_and_the_parts_of_the_loss_are_logged(tmp_
     assert moved["one"] == moved["two"] == 0 and moved["new"] > 1e-3
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 2
-    for entry in logged:
+    for entry in logged:  # refreshed after each step
         for task in ("one", "two"):
             assert entry[f"psi/{task}"] == pytest.approx(1 - entry[f"similarity/{task}"], abs=1e-6)
         assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["orthogonality_penalty"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_a_stock_trainer_warns_once_that_the_penalty_is_left_out(tmp_path: Path, optimizer: str) -> None:
+    def warned(model: Any, kind: Any = Trainer) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            settings = {"gradient_accumulation_steps": 2, "warmup_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+            train(model, tmp_path, kind=kind, optim=optimizer, **settings)
+        return [str(each.message) for each in caught if "without the penalty" in str(each.message)]
+
+    model = chain()
+    (message,) = warned(model)
+    assert "'second'" in message and all(f"{each}" in message for each in ("ASOTrainer", "penalty_weight=0"))
+    model.set_adapter("second")
+    assert warned(model) == []
+    first = chain(tasks=("first",))
+    for other in (chain(penalty_weight=0.0), chain(train_a=False), first):
+        assert warned(other) == []
+    assert warned(chain(), ASOTrainer) == []
+
+
+@pytest.mark.parametrize("order", ["first", "summed", "after", "last micro-batch"])
+def test_a_loop_that_adds_the_penalty_gets_no_warning(order: str, recwarn: pytest.WarningsRecorder) -> None:
+    model = chain()
+    batch, tuner = TinyTask(model).batch, model.base_model
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for step in range(6):
+        penalty = tuner.orthogonality_penalty() if order == "first" else 0.0
+        loss = model.train()(**batch).loss + penalty
+        if order == "summed":
+            loss = loss + tuner.orthogonality_penalty()
+        loss.backward()
+        if order == "after" or (order == "last micro-batch" and step % 3 == 2):
+            tuner.orthogonality_penalty().backward()
+        if order != "last micro-batch" or step % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not [each for each in recwarn if "without the penalty" in str(each.message)]
 
 
 class Counting(Trainer):

@@ -92,7 +92,11 @@ def test_lambda_is_the_default_of_the_penalty_or_what_is_set(settings: dict[str,
         {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"probe_size": 0}, {"max_rows": "8"}, {"max_answer_tokens": 0},
         {"quadrature": "simpson"}, {"stacks": "left"}, {"attribution_model": "x"}, {"aggregation": "median"},
         {"similarity": "kendall"}, {"granularity": "head"}, {"source": "old"}, {"refresh": -0.1}, {"refresh": 1.5},
-        {"refresh": float("nan")}, {"refresh": "often"}, {"refresh": None},
+        {"refresh": float("nan")}, {"refresh": "often"}, {"refresh": None}, {"refresh": True},
+        {"train_a": "no"}, {"train_a": 1}, {"clip": "yes"}, {"absolute": "maybe"}, {"absolute": None}, {"neurons": 3},
+        {"neurons": [3]}, {"combined": 0}, {"penalty": ["squared"]}, {"penalty_weight": True}, {"l2_weight": None},
+        {"history": [1]}, {"task_name": 3}, {"soft_coefficients": [1.0]}, {"history_hashes": {"one": 1}},
+        {"attribution_layout": "x"}, {"origin": "hub"}, {"peft_aso_version": 1}, {"attribution": []},
     ],
 )  # fmt: skip
 def test_bad_settings(settings: dict[str, Any]):

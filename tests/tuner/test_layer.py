@@ -153,6 +153,23 @@ def test_tied_base_weights():
     assert head.base_layer.weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("tasks", [TASKS[:1], TASKS], ids=["one", "three"])
+@pytest.mark.parametrize("targets", [["embed_tokens", "lm_head"], ["embed_tokens", "q_proj"], ["lm_head"]], ids=str)
+def test_tied_weights_merge_into_the_unmerged_model(targets: list[str], tasks: tuple[str, ...], tmp_path: Path):
+    """Merged in place, one tied weight would take the updates of both modules."""
+    base = tiny("llama", tie_word_embeddings=True)
+    _, model = chain("llama", tasks, base=base, target_modules=targets)
+    expected = logits(model)
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        assert_close(logits(model), expected)
+    merged = model.merge_and_unload()
+    assert_close(logits(merged), expected)
+    merged.save_pretrained(tmp_path)
+    assert_close(logits(type(merged).from_pretrained(tmp_path)), expected)
+    assert not torch.allclose(logits(base), expected, atol=0.1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, form: str, fresh_seed: int):

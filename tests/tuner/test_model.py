@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,29 @@ def test_contexts_nest_and_survive_exceptions():
     with tuner.folded():
         assert_close(logits(model, batch, adapter_names=names), mixed)
     assert torch.equal(logits(model), before) and flags(model) == trained
+
+
+def test_threads_take_turns():
+    _, model = chain("llama")
+    tuner, batch = model.base_model, tiny_batch(model, batch_size=3)
+    contexts: list[Any] = [tuner.only, tuner.through, lambda task: tuner.folded()]
+    alone = []
+    for number, task in enumerate(TASKS):
+        with contexts[number](task):
+            alone.append(logits(model, batch))
+
+    def run(number: int) -> torch.Tensor:
+        with contexts[number](TASKS[number]):
+            return logits(model, batch)
+
+    numbers = [0, 1, 2] * 20
+    with ThreadPoolExecutor(3) as pool:
+        for number, found in zip(numbers, pool.map(run, numbers), strict=True):
+            assert_close(found, alone[number])
+    assert model.active_adapters == [CURRENT] and not tuner.tasks.fold_active
+    copy.deepcopy(model).base_model.only("amazon").__enter__()  # a copy has a lock of its own
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(run, 0).result(timeout=60), alone[0])
 
 
 def test_several_active_adapters_and_wrappers():
