@@ -1,26 +1,24 @@
-"""`peft-aso` on the command line: inspect, verify, merge, export, push and report a chain on disk or on the Hub."""
+"""`peft-aso` on the command line: inspect, verify, merge, export, push and report a chain on disk or on the Hub.
+
+This module is outside of the package, which registers with PEFT when it is imported and so needs torch and seconds:
+help, wrong arguments and `inspect` of a folder need none of it.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
+import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import torch
-import transformers
 import typer
-from transformers import PreTrainedModel
-
-from .chain import ChainError, export_lora, export_merged, load_chain, push_chain
-from .chain.export import PREFIX
-from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, most_like
-from .chain.load import check_fit, in_order
-from .chain.manifest import AdapterFile, Place, mismatch, read_adapter
-from .tuner.adapter_file import weights_hash
-from .tuner.history import chain_obstacles
+from safetensors import SafetensorError, safe_open
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -63,7 +61,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         as_json = options["as_json"]
         try:
             text, values, is_well = function(**options)
-        except (ChainError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # a ChainError is a ValueError
             text, values, is_well = f"error: {error}", {"error": str(error)}, False
         file = sys.stdout if is_well or as_json else sys.stderr
         print(json.dumps(values, indent=2) if as_json else text, file=file)
@@ -83,17 +81,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @command
 def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) -> Result:
-    """Show tasks, ranks, sizes, similarities and hashes."""
-    tasks, table = _overview(source, revision)
+    """Show tasks, ranks, sizes, similarities and the hashes in chain.json."""
+    tasks, rows = _overview(source, revision)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     base = next((task["base_model"] for task in tasks if task["base_model"]), None)
     total = sum(task["bytes"] for task in tasks) / 1e6
     title = f"{source}: {len(tasks)} tasks, {total:.1f} MB, base model {base or 'not named'}"
-    return f"{title}\n\n{table}", {"source": source, "base_model": base, "tasks": tasks}, True
+    return "\n".join([title, "", *lines]), {"source": source, "base_model": base, "tasks": tasks}, True
 
 
 @command
 def verify(source: Source, base: Shapes = None, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Check hashes, finite values and that the history is complete; with --base, shapes too."""
+    from peft_aso import ChainError
+    from peft_aso.chain.load import check_fit, in_order
+    from peft_aso.chain.manifest import mismatch, read_adapter
+    from peft_aso.tuner.history import chain_obstacles
+
     places, adapters, checks = _places(source, revision), [], dict[str, str]()
     for place in places:  # every task is checked, whatever is wrong with the others
         task = place.entry["task"] if place.entry else place.path.name
@@ -131,13 +136,20 @@ def merge(
     as_json: AsJson = False,
 ) -> Result:  # fmt: skip
     """Write base model and tasks as one model folder."""
-    model, name = _loaded(source, base, revision)
+    _check_out(out)
+    adapters, name, names = _read(source, base, tasks, revision)
+    import torch
+    import transformers
+
+    from peft_aso import export_merged, load_chain
+
+    model = load_chain(_model_class(adapters[-1]).from_pretrained(name, dtype="auto"), source, revision=revision)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):  # the base model has none
         tokenizer = None
     kind = None if dtype is None else getattr(torch, dtype)
-    return _written(export_merged(model, out, tasks=_names(tasks), dtype=kind, tokenizer=tokenizer))
+    return _written(export_merged(model, out, tasks=names, dtype=kind, tokenizer=tokenizer))
 
 
 @command
@@ -145,9 +157,22 @@ def export(
     source: Source, out: Out, base: Base = None, tasks: Tasks = None, max_rank: MaxRank = None,
     revision: Revision = None, as_json: AsJson = False,
 ) -> Result:  # fmt: skip
-    """Write the sum of tasks as one stock LoRA adapter."""
-    model, _ = _loaded(source, base, revision)
-    return _written(export_lora(model, out, tasks=_names(tasks), max_rank=max_rank))
+    """Write the sum of tasks as one stock LoRA adapter. Of the base model only the config is read."""
+    _check_out(out)
+    adapters, name, names = _read(source, base, tasks, revision)
+    import torch
+
+    from peft_aso import export_lora, load_chain
+    from peft_aso.chain.export import PREFIX, base_name
+
+    skeleton = _without_weights(adapters[-1], name)
+    saved = {base_name(key.removeprefix(PREFIX)): each for one in adapters for key, each in one.tensors().items()}
+    empty = {  # a number a weight, and what the adapters have saved of the base model
+        key: saved.get(key, torch.zeros((), dtype=each.dtype).expand(each.shape))
+        for key, each in skeleton.state_dict().items()
+    }
+    skeleton.load_state_dict(empty, assign=True)
+    return _written(export_lora(load_chain(skeleton, source, revision=revision), out, tasks=names, max_rank=max_rank))
 
 
 @command
@@ -156,7 +181,13 @@ def push(
     private: Private = False, revision: Revision = None, as_json: AsJson = False,
 ) -> Result:  # fmt: skip
     """Push a chain to the Hub."""
-    model, _ = _loaded(source, base, revision)
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo)
+    adapters, name, _ = _read(source, base, None, revision)
+    from peft_aso import load_chain, push_chain
+
+    model = load_chain(_model_class(adapters[-1]).from_pretrained(name, dtype="auto"), source, revision=revision)
     commits = push_chain(model, repo, per_task=per_task, merged=not no_merged, private=private or None)
     lines = [f"{name}  {commit}" for name, commit in commits.items()]
     return "\n".join(lines or ["All tasks are on the Hub already."]), commits, True
@@ -165,12 +196,15 @@ def push(
 @command
 def report(source: Source, out: Out, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Write a Markdown page with the picture of the similarities."""
-    tasks, table = _overview(source, revision)
+    _check_out(out)
+    tasks, rows = _overview(source, revision)
+    from peft_aso.chain.hub import PICTURE, draw, markdown
+
     out.mkdir(parents=True, exist_ok=True)
     picture = "No picture: there are no similarities, or matplotlib is not installed (peft-aso[plots])."
     if draw(tasks, out / PICTURE):
         picture = f"![similarity of the tasks]({PICTURE})"
-    page = [f"# {source}: {len(tasks)} tasks", table, picture]
+    page = [f"# {source}: {len(tasks)} tasks", markdown(rows), picture]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return _written(out / "report.md", "report")
 
@@ -179,64 +213,129 @@ def _written(path: Path, key: str = "folder") -> Result:
     return f"Written: {path}", {key: str(path)}, True
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name for name in text.split(",") if name]
+def _check_out(out: Path) -> None:
+    """Raise OSError if nothing can be written there; before a model is loaded."""
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    if is_new:
+        out.rmdir()
 
 
-def _places(source: str, revision: str | None) -> list[Place]:
-    if revision is not None and not is_on_hub(source):
-        raise ValueError(f"--revision is for a repository on the Hub, and {source} is a folder or no such id.")
-    return find(source, Access(revision=revision))
+def _overview(source: str, revision: str | None) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """What `inspect` prints of each task as JSON, and as a table whose first row is its head."""
+    try:
+        if revision is None:
+            return _described(_in_folder(Path(source)))
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError):
+        pass  # the package reads the other sources, and tells what is wrong
+    places = _places(source, revision)
+    from peft_aso.chain.load import in_order
+    from peft_aso.chain.manifest import read_adapter
+
+    adapters = in_order(map(read_adapter, places))
+    for adapter in adapters:
+        adapter.tensors()
+    return _described(adapters)
 
 
-def _overview(source: str, revision: str | None) -> tuple[list[dict[str, Any]], str]:
-    """What `inspect` prints of each task as JSON, and as a table."""
-    tasks = []
+def _in_folder(folder: Path) -> list[Any]:
+    """The adapters in a folder as `save_chain` or PEFT writes it, oldest first; of any other folder some error."""
+    entries: dict[Path, Any] = dict.fromkeys(path.parent for path in sorted(folder.glob("[!.]*/adapter_config.json")))
+    is_chain = (folder / "chain.json").exists()
+    if is_chain:
+        content = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
+        entries = {folder / entry["folder"]: entry for entry in content["tasks"]}
+        if content["format_version"] not in (1, 2) or any("repo_id" in entry for entry in entries.values()):
+            raise ValueError("of a newer version, or with tasks in other repositories")
+    adapters = []
+    for path, entry in entries.items():
+        config = SimpleNamespace(**json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
+        if config.peft_type != "ASO_LORA" or config.combined:
+            raise ValueError("a stock adapter, or a sum of tasks")
+        place = SimpleNamespace(path=path, entry=entry, origin=None)
+        adapters.append(SimpleNamespace(place=place, name=config.task_name, config=config, history=config.history))
+    adapters.sort(key=lambda each: 0 if is_chain else len(each.history))
+    known = [{each.name for each in adapters[:number]} for number in range(len(adapters))]
+    if not adapters or not all({*each.history} <= names for each, names in zip(adapters, known, strict=True)):
+        raise ValueError("no task, or a history that is not there")
+    return adapters
+
+
+def _described(adapters: Sequence[Any]) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    tasks: list[dict[str, Any]] = []
     rows = [["", "task", "rank", "weights", "MB", "most like (w)", "largest psi", "sha256", "from"]]
-    for number, adapter in enumerate(in_order(map(read_adapter, _places(source, revision))), start=1):
-        tensors, config = adapter.tensors(), adapter.config
-        origin = adapter.place.origin or getattr(config, "origin", None)
+    for number, adapter in enumerate(adapters, start=1):
+        config, place = adapter.config, adapter.place
+        file = place.path / "adapter_model.safetensors"
+        with safe_open(file, framework="numpy") as tensors:  # only its header is read
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if ".lora_" in key]  # noqa: SIM118
+        origin = place.origin or getattr(config, "origin", None)
         task = {
-            "task": adapter.name, "history": adapter.history, "rank": config.r,
-            "sha256": weights_hash(tensors, config),
-            "weights": sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(PREFIX)),
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-            "similarities": getattr(config, "similarities", None), "origin": origin,
+            "task": adapter.name, "history": list(adapter.history), "rank": config.r,
+            "sha256": place.entry and place.entry["sha256"], "weights": sum(map(math.prod, shapes)),
+            "bytes": file.stat().st_size, "similarities": getattr(config, "similarities", None), "origin": origin,
             "soft_coefficients": getattr(config, "soft_coefficients", None),
             "base_model": config.base_model_name_or_path,
         }  # fmt: skip
         tasks.append(task)
         about = [number, task["task"], task["rank"], f"{task['weights']:,}", f"{task['bytes'] / 1e6:.1f}"]
-        about += [most_like(task["similarities"]), most_like(task["soft_coefficients"]), f"`{task['sha256'][:12]}`"]
+        about += [_largest(task["similarities"]), _largest(task["soft_coefficients"]), (task["sha256"] or "")[:12]]
         rows.append([*map(str, about), f"{origin['repo_id']}@{origin['revision'][:7]}" if origin else ""])
-    return tasks, markdown(rows)
+    return tasks, rows
 
 
-def _loaded(source: str, base: str | None, revision: str | None) -> tuple[Any, str]:
-    """The chain on its base model, and the base model's name."""
-    adapters = [read_adapter(place) for place in _places(source, revision)]
+def _largest(values: dict[str, Any] | None) -> str:
+    """The earlier task with the largest w or psi, and that (a mean, if each layer has its own); empty if none has."""
+    means = {task: statistics.fmean(w) if isinstance(w, list) else w for task, w in (values or {}).items()}
+    best = max(means, key=means.__getitem__, default=None)
+    return "" if best is None else f"{best} ({means[best]:.2f})"
+
+
+def _places(source: str, revision: str | None) -> list[Any]:
+    from peft_aso.chain.hub import Access, find, is_on_hub
+
+    if revision is not None and not is_on_hub(source):
+        raise ValueError(f"--revision is for a repository on the Hub, and {source} is a folder or no such id.")
+    return find(source, Access(revision=revision))
+
+
+def _read(
+    source: str, base: str | None, tasks: str | None, revision: str | None
+) -> tuple[list[Any], str, list[str] | None]:
+    """The chain's adapters, the base model's name, and the wanted tasks, which are there."""
+    places = _places(source, revision)
+    from peft_aso.chain.manifest import read_adapter, with_history
+
+    adapters = [read_adapter(place) for place in places]
+    names = None if tasks is None else [name for name in tasks.split(",") if name]
+    with_history({adapter.name: adapter.history for adapter in adapters}, names)
     named = (adapter.config.base_model_name_or_path for adapter in adapters)
     name = base or next(filter(None, named), None)
     if name is None:
-        raise ChainError("The chain does not name its base model. Give one with --base.")
-    model = _model_class(adapters[-1]).from_pretrained(name, dtype="auto")
-    return load_chain(model, source, revision=revision), name
+        raise ValueError("The chain does not name its base model. Give one with --base.")
+    return adapters, name, names
 
 
-def _without_weights(adapter: AdapterFile, name: str) -> Any:
+def _without_weights(adapter: Any, name: str) -> Any:
     """The base model on the meta device; only its config is read."""
-    chosen, config = _model_class(adapter), transformers.AutoConfig.from_pretrained(name)
+    import torch
+    from transformers import AutoConfig, PreTrainedModel
+
+    chosen, config = _model_class(adapter), AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return chosen(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
 
 
-def _model_class(adapter: AdapterFile) -> Any:
+def _model_class(adapter: Any) -> Any:
     """The Auto class of an adapter's task type; without one the class that it was trained in."""
+    import transformers
+
     config = adapter.config
     kind = getattr(config.task_type, "value", config.task_type)
     name = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if kind not in _CLASSES and isinstance(found, type) and issubclass(found, PreTrainedModel):
+    if kind not in _CLASSES and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     return getattr(transformers, _CLASSES.get(kind, "AutoModel"))
 
