@@ -137,13 +137,12 @@ def merge(
 ) -> Result:  # fmt: skip
     """Write base model and tasks as one model folder."""
     _check_out(out)
-    adapters, name, names = _read(source, base, tasks, revision)
+    model, name, names = _loaded(source, base, tasks, revision)
     import torch
     import transformers
 
-    from peft_aso import export_merged, load_chain
+    from peft_aso import export_merged
 
-    model = load_chain(_model_class(adapters[-1]).from_pretrained(name, dtype="auto"), source, revision=revision)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):  # the base model has none
@@ -159,20 +158,10 @@ def export(
 ) -> Result:  # fmt: skip
     """Write the sum of tasks as one stock LoRA adapter. Of the base model only the config is read."""
     _check_out(out)
-    adapters, name, names = _read(source, base, tasks, revision)
-    import torch
+    model, _, names = _loaded(source, base, tasks, revision, weights=False)
+    from peft_aso import export_lora
 
-    from peft_aso import export_lora, load_chain
-    from peft_aso.chain.export import PREFIX, base_name
-
-    skeleton = _without_weights(adapters[-1], name)
-    saved = {base_name(key.removeprefix(PREFIX)): each for one in adapters for key, each in one.tensors().items()}
-    empty = {  # a number a weight, and what the adapters have saved of the base model
-        key: saved.get(key, torch.zeros((), dtype=each.dtype).expand(each.shape))
-        for key, each in skeleton.state_dict().items()
-    }
-    skeleton.load_state_dict(empty, assign=True)
-    return _written(export_lora(load_chain(skeleton, source, revision=revision), out, tasks=names, max_rank=max_rank))
+    return _written(export_lora(model, out, tasks=names, max_rank=max_rank))
 
 
 @command
@@ -184,10 +173,9 @@ def push(
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo)
-    adapters, name, _ = _read(source, base, None, revision)
-    from peft_aso import load_chain, push_chain
+    model, _, _ = _loaded(source, base, None, revision)
+    from peft_aso import push_chain
 
-    model = load_chain(_model_class(adapters[-1]).from_pretrained(name, dtype="auto"), source, revision=revision)
     commits = push_chain(model, repo, per_task=per_task, merged=not no_merged, private=private or None)
     lines = [f"{name}  {commit}" for name, commit in commits.items()]
     return "\n".join(lines or ["All tasks are on the Hub already."]), commits, True
@@ -300,21 +288,31 @@ def _places(source: str, revision: str | None) -> list[Any]:
     return find(source, Access(revision=revision))
 
 
-def _read(
-    source: str, base: str | None, tasks: str | None, revision: str | None
-) -> tuple[list[Any], str, list[str] | None]:
-    """The chain's adapters, the base model's name, and the wanted tasks, which are there."""
+def _loaded(
+    source: str, base: str | None, tasks: str | None, revision: str | None, weights: bool = True
+) -> tuple[Any, str, list[str] | None]:
+    """The chain on its base model (if not `weights`, without the weights), the base model's name, the wanted tasks."""
     places = _places(source, revision)
+    import torch
+
+    from peft_aso import load_chain
+    from peft_aso.chain.export import PREFIX, base_name
     from peft_aso.chain.manifest import read_adapter, with_history
 
     adapters = [read_adapter(place) for place in places]
     names = None if tasks is None else [name for name in tasks.split(",") if name]
-    with_history({adapter.name: adapter.history for adapter in adapters}, names)
-    named = (adapter.config.base_model_name_or_path for adapter in adapters)
-    name = base or next(filter(None, named), None)
+    with_history({adapter.name: adapter.history for adapter in adapters}, names)  # an unknown task is an error
+    name = base or next(filter(None, (adapter.config.base_model_name_or_path for adapter in adapters)), None)
     if name is None:
         raise ValueError("The chain does not name its base model. Give one with --base.")
-    return adapters, name, names
+    if weights:
+        model = _model_class(adapters[-1]).from_pretrained(name, dtype="auto")
+    else:  # one number for each weight, and what the adapters have saved of the base model
+        model = _without_weights(adapters[-1], name)
+        saved = {base_name(key.removeprefix(PREFIX)): each for one in adapters for key, each in one.tensors().items()}
+        empty = {key: torch.zeros((), dtype=each.dtype).expand(each.shape) for key, each in model.state_dict().items()}
+        model.load_state_dict({key: saved.get(key, each) for key, each in empty.items()}, assign=True)
+    return load_chain(model, source, revision=revision), name, names
 
 
 def _without_weights(adapter: Any, name: str) -> Any:
