@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -212,12 +213,10 @@ def _check_out(out: Path) -> None:
 
 def _overview(source: str, revision: str | None) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """What `inspect` prints of each task as JSON, and as a table whose first row is its head."""
-    try:
-        if revision is None:
+    if revision is None:
+        with suppress(OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError):
             return _described(_in_folder(Path(source)))
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError):
-        pass  # the package reads the other sources, and tells what is wrong
-    places = _places(source, revision)
+    places = _places(source, revision)  # the package reads every other source, and tells what is wrong
     from peft_aso.chain.load import in_order
     from peft_aso.chain.manifest import read_adapter
 
@@ -229,12 +228,14 @@ def _overview(source: str, revision: str | None) -> tuple[list[dict[str, Any]], 
 
 def _in_folder(folder: Path) -> list[Any]:
     """The adapters in a folder as `save_chain` or PEFT writes it, oldest first; of any other folder some error."""
-    entries: dict[Path, Any] = dict.fromkeys(path.parent for path in sorted(folder.glob("[!.]*/adapter_config.json")))
     is_chain = (folder / "chain.json").exists()
+    found = [*folder.glob("adapter_config.json"), *sorted(folder.glob("[!.]*/adapter_config.json"))]
+    entries: dict[Path, Any] = dict.fromkeys(path.parent for path in found)
     if is_chain:
         content = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
         entries = {folder / entry["folder"]: entry for entry in content["tasks"]}
-        if content["format_version"] not in (1, 2) or any("repo_id" in entry for entry in entries.values()):
+        is_known = content["format"] == "peft_aso chain" and content["format_version"] in (1, 2)
+        if not is_known or any("repo_id" in entry for entry in entries.values()):
             raise ValueError("of a newer version, or with tasks in other repositories")
     adapters = []
     for path, entry in entries.items():
