@@ -40,27 +40,37 @@ def read_task(folder: Path, train_limit: int | None = None, test_limit: int | No
         full: `train_full.jsonl` and `test_full.jsonl` where the task has them.
 
     Raises:
-        SystemExit: a file is missing, or a line has another format.
+        SystemExit: a folder or file is missing or empty, a line has another format, or no answer is an option.
     """
+    if not folder.is_dir():
+        names = ", ".join(task_names(folder.parent))
+        raise SystemExit(f"There is no task {folder.name!r} in {folder.parent}. There are: {names}.")
     labels = folder / "labels.json"
     options = _parsed(_text(labels), str(labels))
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise SystemExit(f'{labels} is not a list of the options, such as ["yes", "no"].')
     parts = []
     for name, limit in (("train", train_limit), ("test", test_limit)):
         path = folder / f"{name}_full.jsonl"
-        rows = _rows(path if full and path.is_file() else folder / f"{name}.jsonl")
+        path = path if full and path.is_file() else folder / f"{name}.jsonl"
+        rows = _rows(path)
         valid = [row for row in rows if row[1] in options]
-        if len(valid) < len(rows):
-            print(f"{folder.name}/{name}: {len(rows) - len(valid)} examples without a valid answer dropped")
+        other = next((row[1] for row in rows if row[1] not in options), None)
+        if not valid:
+            raise SystemExit(f"No answer in {path} is an option of {labels}, {options}: the first is {other!r}.")
+        if other is not None:
+            without = len(rows) - len(valid)
+            print(f"{folder.name}/{name}: {without} examples without a valid answer dropped (such as {other!r})")
         parts.append(valid[:limit])
     return Task(folder.name, options, *parts)
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
     rows = []
-    for number, line in enumerate(_text(path).rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(_text(path).rstrip().split("\n"), start=1):
         row = _parsed(line, f"{path}, line {number},")
-        if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
-            raise SystemExit(f"{path}, line {number}: needs `prompt` and `answer`.")
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "answer")):
+            raise SystemExit(f"{path}, line {number}: needs `prompt` and `answer`, two texts.")
         rows.append((row["prompt"], row["answer"]))
     return rows
 
@@ -68,7 +78,13 @@ def _rows(path: Path) -> list[tuple[str, str]]:
 def _text(path: Path) -> str:
     if not path.is_file():
         raise SystemExit(f"{path.parent} has no {path.name} (see examples/data/README.md).")
-    return path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows programs begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not UTF-8 ({error}). Save it in that encoding.") from None
+    if not text.strip():
+        raise SystemExit(f"{path} is empty.")
+    return text
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -79,8 +95,13 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def task_names(folder: Path) -> list[str]:
-    """The task folders in `folder`, in alphabetical order."""
-    return sorted(path.parent.name for path in folder.glob("*/labels.json"))
+    """The task folders in `folder`, in alphabetical order; SystemExit if there is none."""
+    if not folder.is_dir():
+        raise SystemExit(f"There is no folder {folder}.")
+    names = sorted(path.parent.name for path in folder.glob("*/labels.json"))
+    if not names:
+        raise SystemExit(f"{folder} has no task: a folder with labels.json (see examples/data/README.md).")
+    return names
 
 
 def load_model(name: str) -> tuple[Any, Any]:

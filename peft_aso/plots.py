@@ -2,7 +2,8 @@
 
 Needs matplotlib, which is optional: `pip install "peft-aso[plots]"`. New figures have an Agg canvas outside pyplot:
 the caller's backend, style and open figures stay as they are. The colour maps keep their order for colour-blind
-readers and in grey, and each cell shows its number.
+readers and in grey, and each cell shows its number. Names in Chinese, Japanese or Korean take an installed font that
+has them, such as Noto Sans CJK.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Similarities = Sequence[Sequence[Pair]] | Mapping[str, Mapping[str, Pair]]
 CELL = 0.62  # inches of a cell
 MARGINS = 2.9, 2.2  # inches around the cells: names and colour bar, names and title
 LABEL_WIDTH = 18  # characters of a line of a task's name
+CJK_FONTS = ("CJK", "Han S", "Hei", "Gothic", "PingFang", "Hiragino", "SimSun", "Unicode MS")  # parts of their names
 
 
 def plot_accuracy(matrix: AccuracyMatrix, tasks: Sequence[str], ax: Axes | None = None) -> Axes:
@@ -118,6 +120,9 @@ def _heat_map(
     limits: tuple[float, float], colours: str,
 ) -> None:  # fmt: skip
     """One coloured cell with its number per entry; NaN entries stay blank."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import get_font_names
+
     image = ax.imshow(rows, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
     shades = image.to_rgba(np.asarray(rows))
     digits = 1 if limits[1] == 100 else 2
@@ -133,8 +138,9 @@ def _heat_map(
     ax.tick_params(axis="x", labelrotation=45)
     for label in ax.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
+    fonts = [*rcParams["font.family"], *(font for font in get_font_names() if any(part in font for part in CJK_FONTS))]
     for label in ax.get_xticklabels() + ax.get_yticklabels():
-        label.set_parse_math(False)  # a name may have dollar signs
+        label.set(parse_math=False, fontfamily=fonts)  # a name may have dollar signs
     # lines in the background's colour between the cells
     ax.set_xticks([x + 0.5 for x in range(len(column_names) - 1)], minor=True)
     ax.set_yticks([y + 0.5 for y in range(len(row_names) - 1)], minor=True)

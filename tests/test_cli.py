@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_aso import export_merged, push_chain, save_chain
-from peft_aso.cli import main
+from peft_aso_cli import main
 from tests.chain.chains import change_weights, edit, entries, load, logits, make_chain
 from tests.chain.conftest import hub  # noqa: F401
 from tests.chain.server import Hub
 from tests.tiny_models import tiny
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -86,7 +89,9 @@ def test_merge_and_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert run(capsys, "merge", chain, "--base", base, "--out", tmp_path / "merged", "--dtype", "float32")[0] == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
-    assert run(capsys, "export", chain, "--base", base, "--out", out, "--tasks", "first,third")[0] == 0
+    (tmp_path / "config").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "config")  # a sum of LoRA matrices needs no weights of the base
+    assert run(capsys, "export", chain, "--base", tmp_path / "config", "--out", out, "--tasks", "first,third")[0] == 0
     served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
     both = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "both", tasks=["first", "third"]))
     torch.testing.assert_close(logits(served), logits(both), atol=1e-4, rtol=1e-4)
@@ -127,5 +132,42 @@ def test_what_goes_wrong_has_a_status(chain: Path, capsys: pytest.CaptureFixture
     code, text = run(capsys, "inspect", tmp_path / "none", "--json")
     assert code == 1 and "error" in json.loads(text)
     assert run(capsys, "merge", chain)[0] == 2
-    text = subprocess.run([sys.executable, "-m", "peft_aso.cli", "--help"], capture_output=True, text=True).stdout
-    assert all(name in text for name in ("inspect", "verify", "merge", "export", "push", "report", "Exit status"))
+
+
+def test_help_and_inspect_start_without_torch(chain: Path, tmp_path: Path, hub: Hub, capsys: Any) -> None:  # noqa: F811
+    """And show the same of a folder as the package's own reader of a chain on the Hub."""
+
+    def start(*arguments: Any) -> str:
+        blocked = "import sys; sys.modules |= dict.fromkeys(('torch', 'peft', 'transformers'))"
+        code = f"{blocked}; import peft_aso_cli; sys.exit(peft_aso_cli.main(sys.argv[1:]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert all(name in start("--help") for name in ("inspect", "verify", "merge", "export", "push", "report", "Exit"))
+    push_chain(load(chain), "user/chain", merged=False)
+    on_hub = json.loads(run(capsys, "inspect", "user/chain", "--json")[1])["tasks"]
+    assert all(task.pop("origin")["repo_id"] == "user/chain" for task in on_hub)
+    found = json.loads(start("inspect", chain, "--json"))["tasks"]
+    assert [{key: task[key] for key in on_hub[0] if key != "bytes"} for task in found] == [
+        {key: value for key, value in task.items() if key != "bytes"} for task in on_hub
+    ]
+    (chain / "chain.json").unlink()  # as PEFT saves it
+    assert json.loads(start("inspect", chain, "--json"))["tasks"] == [{**task, "sha256": None} for task in found]
+
+
+def test_arguments_are_checked_before_a_model_is_loaded(
+    chain: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    for command in ("merge", "export"):
+        code, text = run(capsys, command, chain, "--out", tmp_path / "file")
+        assert code == 1 and "file" in text
+        code, text = run(capsys, command, chain, "--out", tmp_path / "out", "--tasks", "first,thrid")
+        assert code == 1 and "no task 'thrid'" in text and "'third'" in text
+    code, text = run(capsys, "push", chain, "user/chain/more")
+    assert code == 1 and "user/chain/more" in text
+    assert not (tmp_path / "out").exists()

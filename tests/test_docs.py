@@ -18,8 +18,8 @@ from typer.main import get_command
 
 import peft_aso
 from peft_aso import ASOLoraConfig, AttributionConfig, LowRank, attribution
-from peft_aso.cli import app
 from peft_aso.tuner.penalties import PENALTIES
+from peft_aso_cli import app
 from tests.chain.chains import stock_adapter
 from tests.tiny_models import tiny, tiny_batch
 from tests.training.tools import QUICK, TinyTask, arguments, chain, randomize, weights

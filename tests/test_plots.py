@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 import matplotlib
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -96,6 +99,34 @@ def test_an_overview_is_a_readable_picture(tmp_path: Path, count: int) -> None:
 def test_odd_names_are_drawn_as_they_are(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
     assert plot_overview([[1, None], [1, 1]], {name: {"a": 0.1}}, ["a", name], tmp_path / "a.png").exists()
     assert all("Glyph" in str(warning.message) for warning in recwarn)  # the font may lack a script
+
+
+def test_chinese_names_take_an_installed_font_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A font that has one square for each character of the name, installed for this test."""
+    name, pen = "任务", TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    square = pen.glyph()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(character): "square" for character in name})
+    builder.setupGlyf({".notdef": square, "square": square})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupNameTable({"familyName": "Test Sans CJK SC", "styleName": "Regular"})
+    builder.setupPost()
+    builder.save(tmp_path / "font.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(tmp_path / "font.ttf")
+    ax = plot_accuracy([[1, None], [1, 1]], ["mood", name])
+    label = ax.get_yticklabels()[1]
+    ax.figure.savefig(tmp_path / "a.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert "Test Sans CJK SC" in label.get_fontfamily() and label.get_text() == name
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

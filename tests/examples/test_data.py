@@ -109,26 +109,78 @@ def test_no_shortcut_gives_the_answer(task: str) -> None:
     assert largest_gap([True, True, False, False], ["a", "a", "b", "b"]) == 1.0
 
 
+ROW = '{"prompt": "a", "answer": "yes"}'
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A task's folder; one of three examples has an answer that is no option."""
+    folder = tmp_path / "data" / "reply"
+    folder.mkdir(parents=True)
+    (folder / "labels.json").write_text('["yes", "no"]')
+    rows = [{"prompt": "a", "answer": answer} for answer in ("yes", "perhaps", "no")]
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def test_examples_without_a_valid_answer_are_dropped_and_one_is_named(
+    benchmark: Any, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.import_module("tasks").read_task(task, train_limit=1)
+    assert (found.train, found.test) == ([("a", "yes")], [("a", "yes"), ("a", "no")])
+    assert "reply/train: 1 examples without a valid answer dropped (such as 'perhaps')" in capsys.readouterr().out
+
+
+def test_files_that_begin_with_a_byte_order_mark_are_read(benchmark: Any, task: Path) -> None:
+    read_task = importlib.import_module("tasks").read_task
+    found = read_task(task)
+    for path in task.iterdir():
+        path.write_text(path.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert read_task(task) == found
+
+
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("file", "content", "message"),
     [
         ("labels.json", None, "has no labels.json"),
+        ("labels.json", "", "labels.json is empty"),
+        ("labels.json", '{"yes": 0, "no": 1}', "labels.json is not a list of the options"),
+        ("labels.json", '["Yes", "No"]', "train.jsonl is an option of"),
         ("test.jsonl", None, "has no test.jsonl"),
-        ("train.jsonl", '{"prompt": "a", "answer": "yes"}\n{"prompt"', "train.jsonl, line 2, is not JSON"),
+        ("test.jsonl", "\n\n", "test.jsonl is empty"),
+        ("test.jsonl", ROW.encode("utf-16"), "test.jsonl is not UTF-8"),
+        ("train.jsonl", f'{ROW}\n{{"prompt"', "train.jsonl, line 2, is not JSON"),
         ("train.jsonl", '{"prompt": "a"}', "train.jsonl, line 1: needs `prompt` and `answer`"),
+        ("train.jsonl", '{"prompt": "a", "answer": 1}', "train.jsonl, line 1: needs `prompt` and `answer`"),
+        ("train.jsonl", ROW.replace("yes", "maybe"), "['yes', 'no']: the first is 'maybe'"),
     ],
 )
 def test_a_folder_that_cannot_be_read_is_named_with_the_line(
-    benchmark: Any, tmp_path: Path, file: str, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
+    benchmark: Any, task: Path, file: str, content: str | bytes | None, message: str
 ) -> None:
-    read_task = importlib.import_module("tasks").read_task
-    (tmp_path / "labels.json").write_text('["yes", "no"]')
-    rows = [{"prompt": "a", "answer": answer} for answer in ("yes", "perhaps", "no")]
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    task = read_task(tmp_path, train_limit=1)
-    assert (task.train, task.test) == ([("a", "yes")], [("a", "yes"), ("a", "no")])
-    assert "1 examples without a valid answer dropped" in capsys.readouterr().out
-    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    (task / file).unlink()
+    if content is not None:
+        (task / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit, match=re.escape(message)):
-        read_task(tmp_path)
+        importlib.import_module("tasks").read_task(task)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "data", "--tasks", "reply,mod"], "There is no task 'mod' in data. There are: reply."),
+        (["--data", "data", "--tasks", "reply, reply"], "There is no task ' reply' in data. There are: reply."),
+        (["--data", "dtaa", "--tasks", "reply"], "There is no folder dtaa"),
+        (["--data", "dtaa"], "There is no folder dtaa"),
+        (["--data", "."], "has no task: a folder with labels.json"),
+    ],
+)
+def test_a_typo_in_data_or_tasks_is_named(
+    benchmark: Any, task: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(task.parents[1])
+    quickstart = importlib.import_module("quickstart")
+    monkeypatch.setattr("sys.argv", ["quickstart.py", *arguments])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        quickstart.main()

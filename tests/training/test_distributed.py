@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,12 +27,16 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no 
 
 
 def run(folder: Path, processes: int, *command: str) -> None:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*start, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    call(folder, [sys.executable, *(start if processes > 1 else []), *command])
+
+
+def call(folder: Path, command: list[str]) -> None:
+    """Run a command, with this environment's programs and this repository first."""
+    first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
+    paths = {name: os.pathsep.join([str(place), os.environ.get(name, "")]) for name, place in first.items()}
+    environment = {**os.environ, **paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -68,21 +73,25 @@ def test_zero_3_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("run*/*"))
 
 
-def test_the_script_in_the_guide_trains_task_after_task(tmp_path: Path) -> None:
+def test_the_commands_in_the_guide_train_task_after_task(tmp_path: Path) -> None:
+    """The commands and options of the document, and what makes the runs short. Accelerate ignores FSDP2 on a CPU."""
     (tmp_path / "train_task.py").write_text(re.findall(r"```python\n(.*?)```", GUIDE, re.S)[0])
+    (tmp_path / "fsdp.json").write_text(re.findall(r"```json\n(.*?)```", GUIDE, re.S)[0])
     tiny("llama").save_pretrained(tmp_path / "BASE")
     tokenizer().save_pretrained(tmp_path / "BASE")
     row = json.dumps({"prompt": "what is the sky", "completion": " blue"})
     for task in ("mood", "topic"):
         (tmp_path / f"{task}.jsonl").write_text(f"{row}\n" * 6)
-    commands = [line for line in GUIDE.splitlines() if line.startswith("torchrun") and "..." not in line]
-    quick = "--use_cpu true --bf16 false --max_steps 2 --report_to none --per_device_train_batch_size 1"
+    first, second = (line for line in GUIDE.splitlines() if line.startswith("torchrun"))
+    (launch,) = re.findall(r"`(accelerate launch [^`]*)` takes the place of", GUIDE)
+    (sharded,) = re.findall(r"`(--fsdp [^`]*)`", GUIDE)
+    (on_cpu,) = re.findall(r"Without an accelerator, add `([^`]*)`", GUIDE)
+    quick = f" {on_cpu} --max_steps 2 --report_to none --per_device_train_batch_size 1"
     quick += " --learning_rate 0.1"  # the first of two steps has to move ranks, or psi is 0
-    for command in commands:
-        run(tmp_path, 2, *command.replace("torchrun --nproc-per-node 8", "").split(), *quick.split())
+    call(tmp_path, shlex.split(first.replace("torchrun --nproc-per-node 2", f"{launch} --cpu") + quick))
+    call(tmp_path, shlex.split(f"{second} {sharded} {quick}"))
     model = load_chain(tiny("llama"), [str(tmp_path / "chain" / task) for task in ("mood", "topic")])
-    assert len(commands) == 2 and model.base_model.history == ("mood",)
-    assert 0 < model.base_model.soft_coefficients["mood"] < 2
+    assert model.base_model.history == ("mood",) and 0 < model.base_model.soft_coefficients["mood"] < 2
     assert set(model.base_model.attribution) == {"mood", "topic"}
 
 
