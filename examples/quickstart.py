@@ -52,8 +52,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results are written")
     parser.add_argument("--train-limit", type=int, help="at most this many training examples per task")
     parser.add_argument("--test-limit", type=int, help="at most this many test examples per task")
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--epochs", type=float, default=1.6)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -82,7 +82,7 @@ def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argpa
     model, stages = None, []
     for task in tasks:
         print(f"\n{CHAIN}, stage {len(stages) + 1} of {len(tasks)}: {task.name}", flush=True)
-        attribution = AttributionConfig(probe_size=4, refresh=0.34)  # fewer examples, less often: for a CPU
+        attribution = AttributionConfig(probe_size=4, steps=5, refresh=0.5)  # fewer examples, less often: for a CPU
         config = ASOLoraConfig(**lora(base, args), attribution=attribution)
         if model is None:
             model = get_peft_model(base, config, adapter_name=task.name)
@@ -180,7 +180,7 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
 def main() -> None:
     args = parse()
     started = time.time()
-    names = args.tasks.split(",") if args.tasks else task_names(args.data)
+    names = [name.strip() for name in args.tasks.split(",")] if args.tasks else task_names(args.data)
     tasks = [read_task(args.data / name, args.train_limit, args.test_limit) for name in names]
     print(f"Tasks, in order: {', '.join(names)}. Model: {args.model}.", flush=True)
     base, tokenizer = load_model(args.model)
