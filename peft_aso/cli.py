@@ -16,18 +16,12 @@ from transformers import PreTrainedModel
 
 from .chain import ChainError, export_lora, export_merged, load_chain, push_chain
 from .chain.export import PREFIX
-from .chain.hub import PICTURE, Access, draw, find, is_on_hub, markdown, most_like
-from .chain.load import check_fit, in_order
-from .chain.manifest import AdapterFile, Place, mismatch, read_adapter
+from .chain.hub import Access, draw, find, is_on_hub
+from .chain.load import in_order, verify_chain
+from .chain.manifest import AdapterFile, Place, read_adapter
+from .chain.save import AUTO_CLASSES, PICTURE, markdown, most_like
 from .tuner.adapter_file import weights_hash
-from .tuner.history import chain_obstacles
 
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 Result = tuple[str, Any, bool]  # text, the same for JSON, and whether all is well
 
 app = typer.Typer(
@@ -94,27 +88,9 @@ def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) 
 @command
 def verify(source: Source, base: Shapes = None, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Check hashes, finite values and that the history is complete; with --base, shapes too."""
-    places, adapters, checks = _places(source, revision), [], dict[str, str]()
-    for place in places:  # every task is checked, whatever is wrong with the others
-        task = place.entry["task"] if place.entry else place.path.name
-        checks[task] = ""
-        try:
-            adapter = read_adapter(place)
-            adapters.append(adapter)
-            tensors = adapter.tensors()
-            for reason in chain_obstacles(adapter.config) if len(places) > 1 else ():
-                raise ChainError(f"it cannot be part of a chain: {reason}")
-            if base is not None:
-                check_fit(adapter, tensors, _without_weights(adapter, base))
-            checks[task] = mismatch(adapter, tensors) or ""
-        except ChainError as error:
-            checks[task] = str(error)
-    problem = ""
-    try:
-        if not any(checks.values()):
-            in_order(adapters)
-    except ChainError as error:
-        problem = str(error)
+    places = _places(source, revision)
+    bare = None if base is None else functools.partial(_without_weights, name=base)
+    checks, problem = verify_chain(places, bare)
     shapes = f", shapes as in {base}" if base is not None else ""
     lines = [
         f"WRONG   {task}: {found}" if found else f"ok      {task}: finite{shapes}" for task, found in checks.items()
@@ -236,9 +212,9 @@ def _model_class(adapter: AdapterFile) -> Any:
     kind = getattr(config.task_type, "value", config.task_type)
     name = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if kind not in _CLASSES and isinstance(found, type) and issubclass(found, PreTrainedModel):
+    if kind not in AUTO_CLASSES and isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
-    return getattr(transformers, _CLASSES.get(kind, "AutoModel"))
+    return getattr(transformers, AUTO_CLASSES.get(kind, "AutoModel"))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ Only safetensors and JSON are read; links that lead out of a folder are refused.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -25,11 +28,38 @@ from ..tuner.config import PEFT_TYPE_NAME, ASOLoraConfig
 from ..tuner.history import is_folder_name
 
 MANIFEST_NAME = "chain.json"
+README_NAME = "README.md"
 FORMAT, FORMAT_VERSION = "peft_aso chain", 2
 ROOT = "."  # the folder of a task that is next to its chain.json
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEMPORARY = ".peft-aso-"  # beginning of the names of temporary folders
 _LARGEST_JSON = 16 * 2**20
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_Number = int | float
+_Names = str | list[str] | None
+_PerTask = dict[str, _Number | list[_Number]] | None  # task -> one number, or one a layer
+# Types that are checked where a file is read (docs/*.schema.json has them too); other settings are left to PEFT.
+# Not in class syntax, whose annotations are strings here and would not be checked.
+Entry = TypedDict(  # noqa: UP013
+    "Entry",
+    {
+        "task": str, "folder": str, "history": list[str], "sha256": str, "rank": int, "similarities": _PerTask,
+        "soft_coefficients": _PerTask, "repo_id": str, "revision": str,
+    },
+    total=False,
+)  # fmt: skip
+AdapterSettings = TypedDict(  # noqa: UP013
+    "AdapterSettings",
+    {
+        "r": int, "lora_alpha": _Number, "lora_dropout": _Number, "use_rslora": bool, "lora_bias": bool,
+        "fan_in_fan_out": bool, "rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, _Number] | None,
+        "target_modules": _Names, "exclude_modules": _Names, "modules_to_save": list[str] | None,
+        "base_model_name_or_path": str | None, "history_hashes": dict[str, str] | None, "similarities": _PerTask,
+        "soft_coefficients": _PerTask, "combined": bool, "train_a": bool, "origin": dict[str, str] | None,
+    },
+    total=False,
+)  # fmt: skip
 
 
 class ChainError(ValueError):
@@ -55,6 +85,12 @@ class Manifest(NamedTuple):
     base_model: str | None = None
 
 
+def hub_id(name: str | None) -> str | None:
+    """The name of a base model if it can be one on the Hub; None for a folder of this machine."""
+    is_id = name is not None and re.fullmatch(rf"{REPO_ID.pattern}|\w[\w.-]*", name) and not os.path.exists(name)
+    return name if is_id else None
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's `chain.json`; None if there is none; `ChainError` if it is damaged or of a newer format."""
     if not os.path.lexists(folder / MANIFEST_NAME):
@@ -64,10 +100,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     if content.get("format") != FORMAT:
         raise ChainError(f"{path} was not written by save_chain. Delete or rename it.")
     try:
-        version = int(content["format_version"])
+        version = content["format_version"]
         if version > FORMAT_VERSION:
             raise ChainError(f"{path} has format version {version}. Upgrade with pip install -U peft-aso.")
         tasks = {entry["task"]: dict(entry) for entry in content["tasks"]}
+        if len(tasks) < len(content["tasks"]):
+            raise ChainError(f"{path} lists a task twice. Restore or delete it.")
         for task, entry in tasks.items():
             if version < 2:
                 entry.setdefault("scale", None)
@@ -81,29 +119,38 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _check_entry(task: str, entry: Mapping[str, Any], path: Path) -> None:
-    check_task_name(task, path)
-    if entry["folder"] != ROOT:
-        check_task_name(entry["folder"], path)
-    history = entry["history"]
-    if not isinstance(history, list) or not all(isinstance(each, str) for each in (*history, entry["sha256"])):
-        raise TypeError(f"the entry of {task!r}")
+    _check_types(Entry, entry, path)
+    for name in (task, *entry["history"], *({entry["folder"]} - {ROOT})):
+        check_task_name(name, path)
+    if len(entry["sha256"]) != 64:
+        raise ValueError(f"the sha256 of {task!r}")
     pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
     if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
         raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace `chain.json` in one step: a reader finds the old one or the new one, also after a power cut."""
+def _check_types(schema: Any, values: Mapping[str, Any], path: Path) -> None:
+    """Raise `ChainError` if a value has another type than the schema, a `TypedDict`, has for it."""
+    try:
+        validate_typed_dict(schema, {name: values[name] for name in schema.__annotations__ if name in values})
+    except StrictDataclassFieldValidationError as error:
+        raise ChainError(f"{path} is damaged: {' '.join(str(error).split())}. Save the adapter again.") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest, stage: Path) -> None:
+    """Replace `chain.json` in one step: a reader finds the old one or the new one, also after a power cut.
+
+    `stage` is a folder on the same disk, in which it is written.
+    """
     from .. import __version__
 
     content = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "peft_aso_version": __version__,
         "base_model_name_or_path": manifest.base_model, "tasks": list(manifest.tasks.values()),
     }  # fmt: skip
-    with staging(folder) as stage:
-        (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        flush(stage)
-        os.replace(stage / MANIFEST_NAME, folder / MANIFEST_NAME)
+    (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    flush(stage / MANIFEST_NAME, deep=False)
+    os.replace(stage / MANIFEST_NAME, folder / MANIFEST_NAME)
     flush(folder, deep=False)
 
 
@@ -131,15 +178,28 @@ def with_history(tasks: Mapping[str, Sequence[str]], wanted: Sequence[str] | Non
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, which is made; both are gone after an error if it was new."""
+    """A temporary folder inside `folder`, which is made; both are gone after an error if it was new.
+
+    A second process that writes into `folder` waits, where its file system has locks (not on Windows and on NFS).
+    What killed ones have left is removed.
+    """
     if folder.exists() and not folder.is_dir():
         raise ChainError(f"{folder} is a file. Give the name of a folder; it is made if it does not exist.")
-    is_new = not folder.exists()
+    is_new, lock = not folder.exists(), None
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as stage:
             yield Path(stage)
     finally:
+        if lock is not None:
+            os.close(lock)
         if is_new:
             with suppress(OSError):
                 folder.rmdir()  # only if nothing is in it
@@ -200,6 +260,12 @@ class AdapterFile(NamedTuple):
         for name, tensor in found.items():
             if not is_finite(tensor):
                 raise ChainError(f"{name} in {path} holds NaN or Inf. Use an earlier checkpoint.")
+            if ".lora_" in name and tensor.dtype not in _FLOATS:
+                raise ChainError(f"{name} in {path} holds {tensor.dtype}. Save the adapter in 16 or 32 bits.")
+        largest = max(size for name, tensor in found.items() if ".lora_" in name for size in (0, *tensor.shape))
+        rank = max(self.config.r, *(self.config.rank_pattern or {}).values(), 0)
+        if rank > largest:  # not made, to be compared: it may not fit into memory
+            raise ChainError(f"{path} has no matrix of rank {rank}, which its config has. Save the adapter again.")
         return found
 
 
@@ -277,13 +343,19 @@ def read_adapter(place: Place) -> AdapterFile:
         if pickles:
             raise ChainError(f"{path} has a pickle ({pickles[0]}), which can run code. If you trust it, save it anew.")
     regular_file(path, SAFETENSORS_WEIGHTS_NAME)
+    _check_types(AdapterSettings, values, path / CONFIG_NAME)
+    origin = values.get("origin")
+    if origin is not None and origin.keys() != {"repo_id", "revision", "folder", "sha256"}:
+        raise ChainError(f"{path / CONFIG_NAME} has an origin of {sorted(origin)}. Save the adapter again.")
+    if values.get("megatron_config"):
+        raise ChainError(f"{path / CONFIG_NAME} names a module to import (megatron_config). Save it without.")
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         config = config_class.from_peft_type(**config_class.check_kwargs(**values))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ChainError(f"{path / CONFIG_NAME} is not a valid config: {error} Save the adapter again.") from error
-    name = getattr(config, "task_name", None) or path.resolve().name
+    name = getattr(config, "task_name", None) or _real(path).name
     check_task_name(name, path)
     return AdapterFile(place, name, config)
 
@@ -307,18 +379,30 @@ def regular_file(folder: Path, name: str) -> Path:
 
 def _refuse_escape(folder: Path, path: Path) -> None:
     """Refuse links out of a folder, but for the Hub cache's own (from snapshots/<revision> to blobs)."""
-    root, target = folder.resolve(), path.resolve()
+    root, target = _real(folder), _real(path)
     caches = [each.parent.parent / "blobs" for each in (root, *root.parents) if each.parent.name == "snapshots"]
     if not any(target.is_relative_to(allowed) for allowed in (root, *caches)):
         raise ChainError(f"{path} is a link that leads out of its folder. Put the files themselves there.")
+
+
+def _real(path: Path) -> Path:
+    """As `Path.resolve`, which is an error for a loop of links on some versions of Python."""
+    return Path(os.path.realpath(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `ChainError` for anything else, and for absurdly large files."""
     if path.stat().st_size > _LARGEST_JSON:
         raise ChainError(f"{path} has {path.stat().st_size} bytes, too many for its kind. Save the adapter again.")
+
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text} is no finite number")
+        return float(text)
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
+        json.dumps(values, ensure_ascii=False).encode()  # fails for half a character
     except (ValueError, RecursionError) as error:
         raise ChainError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(values, dict):
