@@ -253,9 +253,9 @@ def verify_chain(
         checks[task] = ""
         try:
             adapter = next(_read([place], strict=True))
+            tensors = adapter.tensors()
             if len(places) > 1:
                 _refuse_obstacles(adapter)
-            tensors = adapter.tensors()
             checks[task] = mismatch(adapter, tensors) or ""
             if bare is not None:
                 base = bare(adapter)
@@ -264,10 +264,9 @@ def verify_chain(
                 _add(base, [(adapter._replace(config=config), tensors)], autocast=True)
         except ChainError as error:
             checks[task] = str(error)
-    if any(checks.values()):
-        return checks, ""
     try:
-        read_chain(places)
+        if not any(checks.values()):
+            read_chain(places)
     except ChainError as error:
         return checks, str(error)
     return checks, ""
@@ -300,11 +299,11 @@ def in_order(adapters: Iterable[AdapterFile], tasks: Sequence[str] | None = None
             by_name[adapter.name] = adapter
         elif known is not adapter and not place.pinned and (hashes[0] is None or hashes[0] != hashes[1]):
             folders = f"{known.place.path} and {place.path}"
-            raise ChainError(
-                f"Two folders hold a task called {adapter.name!r}: {folders}. Pass a list with one of them."
-            )
-    unnamed = {name: adapter for name, adapter in by_name.items() if adapter.place.entry is None}
-    combined = [name for name, adapter in unnamed.items() if getattr(adapter.config, "combined", False)]
+            text = f"Two folders hold a task called {adapter.name!r}: {folders}."
+            raise ChainError(f"{text} Pass a list with one of them.")
+    combined = [
+        name for name, each in by_name.items() if not each.place.entry and getattr(each.config, "combined", None)
+    ]
     if combined and tasks is None:
         text = f"{combined} of add_weighted_adapter are no tasks: they are left out. Name them in tasks= to load them."
         warnings.warn(text, stacklevel=3)

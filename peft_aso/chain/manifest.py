@@ -6,7 +6,6 @@ Only safetensors and JSON are read; links that lead out of a folder are refused.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ ROOT = "."  # the folder of a task that is next to its chain.json
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEMPORARY = ".peft-aso-"  # beginning of the names of temporary folders
 _LARGEST_JSON = 16 * 2**20
+_ORIGIN = {"repo_id", "revision", "folder", "sha256"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _Number = int | float
@@ -74,15 +74,15 @@ def warn_or_raise(message: str, strict: bool) -> None:
 
 
 class Manifest(NamedTuple):
-    """What `chain.json` holds: task -> its entry, in the order in which the tasks were learned, and the base model.
+    """What `chain.json` holds: task -> its `Entry`, in the order in which the tasks were learned, and the base model.
 
-    An entry has `task`, `folder`, `history`, `rank`, `sha256` (`weights_hash` with the config), `similarities` and
-    `soft_coefficients`; of a task in another repository `repo_id` and `revision` too. In format version 1 it has
-    `scale`, which its `sha256` does not have.
+    `sha256` is `weights_hash` with the config; in format version 1 without it, and an entry has `scale`. `unfinished`
+    has the folders that a save which was killed may have left.
     """
 
     tasks: dict[str, dict[str, Any]]
     base_model: str | None = None
+    unfinished: Sequence[str] = ()
 
 
 def hub_id(name: str | None) -> str | None:
@@ -104,29 +104,23 @@ def read_manifest(folder: Path) -> Manifest | None:
         if version > FORMAT_VERSION:
             raise ChainError(f"{path} has format version {version}. Upgrade with pip install -U peft-aso.")
         tasks = {entry["task"]: dict(entry) for entry in content["tasks"]}
-        if len(tasks) < len(content["tasks"]):
-            raise ChainError(f"{path} lists a task twice. Restore or delete it.")
         for task, entry in tasks.items():
             if version < 2:
                 entry.setdefault("scale", None)
-            _check_entry(task, entry, path)
-        base_model = content.get("base_model_name_or_path")
+            _check_types(Entry, {**dict.fromkeys(("folder", "history", "sha256")), **entry}, path)
+            for name in (task, *entry["history"], *({entry["folder"]} - {ROOT})):
+                check_task_name(name, path)
+            pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
+            if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
+                raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
+        base_model, unfinished = content.get("base_model_name_or_path"), content.get("unfinished", [])
+        for name in [] + unfinished:
+            check_task_name(name, path)
     except ChainError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ChainError(f"{path} is damaged ({type(error).__name__}: {error}). Restore or delete it.") from error
-    return Manifest(tasks, base_model if isinstance(base_model, str) else None)
-
-
-def _check_entry(task: str, entry: Mapping[str, Any], path: Path) -> None:
-    _check_types(Entry, entry, path)
-    for name in (task, *entry["history"], *({entry["folder"]} - {ROOT})):
-        check_task_name(name, path)
-    if len(entry["sha256"]) != 64:
-        raise ValueError(f"the sha256 of {task!r}")
-    pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
-    if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
-        raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
+    return Manifest(tasks, base_model if isinstance(base_model, str) else None, unfinished)
 
 
 def _check_types(schema: Any, values: Mapping[str, Any], path: Path) -> None:
@@ -147,6 +141,7 @@ def write_manifest(folder: Path, manifest: Manifest, stage: Path) -> None:
     content = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "peft_aso_version": __version__,
         "base_model_name_or_path": manifest.base_model, "tasks": list(manifest.tasks.values()),
+        **({"unfinished": manifest.unfinished} if manifest.unfinished else {}),
     }  # fmt: skip
     (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     flush(stage / MANIFEST_NAME, deep=False)
@@ -257,14 +252,14 @@ class AdapterFile(NamedTuple):
             raise ChainError(f"{path} is truncated or damaged ({error}). {advice}") from error
         if not any(".lora_" in name for name in found):
             raise ChainError(f"{path} holds no LoRA matrices. Save the adapter again.")
+        sizes = {0}
         for name, tensor in found.items():
-            if not is_finite(tensor):
-                raise ChainError(f"{name} in {path} holds NaN or Inf. Use an earlier checkpoint.")
-            if ".lora_" in name and tensor.dtype not in _FLOATS:
-                raise ChainError(f"{name} in {path} holds {tensor.dtype}. Save the adapter in 16 or 32 bits.")
-        largest = max(size for name, tensor in found.items() if ".lora_" in name for size in (0, *tensor.shape))
+            is_lora = ".lora_" in name
+            if not is_finite(tensor) or is_lora and tensor.dtype not in _FLOATS:
+                raise ChainError(f"{name} in {path} holds NaN or Inf, or {tensor.dtype}. Use an earlier checkpoint.")
+            sizes.update(tensor.shape if is_lora else ())
         rank = max(self.config.r, *(self.config.rank_pattern or {}).values(), 0)
-        if rank > largest:  # not made, to be compared: it may not fit into memory
+        if rank > max(sizes):  # may not fit into memory
             raise ChainError(f"{path} has no matrix of rank {rank}, which its config has. Save the adapter again.")
         return found
 
@@ -344,9 +339,8 @@ def read_adapter(place: Place) -> AdapterFile:
             raise ChainError(f"{path} has a pickle ({pickles[0]}), which can run code. If you trust it, save it anew.")
     regular_file(path, SAFETENSORS_WEIGHTS_NAME)
     _check_types(AdapterSettings, values, path / CONFIG_NAME)
-    origin = values.get("origin")
-    if origin is not None and origin.keys() != {"repo_id", "revision", "folder", "sha256"}:
-        raise ChainError(f"{path / CONFIG_NAME} has an origin of {sorted(origin)}. Save the adapter again.")
+    if set(_ORIGIN if values.get("origin") is None else values["origin"]) != _ORIGIN:
+        raise ChainError(f"{path / CONFIG_NAME} has another origin than {_ORIGIN}. Save the adapter again.")
     if values.get("megatron_config"):
         raise ChainError(f"{path / CONFIG_NAME} names a module to import (megatron_config). Save it without.")
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well
@@ -355,7 +349,7 @@ def read_adapter(place: Place) -> AdapterFile:
         config = config_class.from_peft_type(**config_class.check_kwargs(**values))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ChainError(f"{path / CONFIG_NAME} is not a valid config: {error} Save the adapter again.") from error
-    name = getattr(config, "task_name", None) or _real(path).name
+    name = getattr(config, "task_name", None) or os.path.basename(os.path.realpath(path))
     check_task_name(name, path)
     return AdapterFile(place, name, config)
 
@@ -379,30 +373,19 @@ def regular_file(folder: Path, name: str) -> Path:
 
 def _refuse_escape(folder: Path, path: Path) -> None:
     """Refuse links out of a folder, but for the Hub cache's own (from snapshots/<revision> to blobs)."""
-    root, target = _real(folder), _real(path)
+    root, target = (Path(os.path.realpath(each)) for each in (folder, path))  # a loop of links is no error
     caches = [each.parent.parent / "blobs" for each in (root, *root.parents) if each.parent.name == "snapshots"]
     if not any(target.is_relative_to(allowed) for allowed in (root, *caches)):
         raise ChainError(f"{path} is a link that leads out of its folder. Put the files themselves there.")
-
-
-def _real(path: Path) -> Path:
-    """As `Path.resolve`, which is an error for a loop of links on some versions of Python."""
-    return Path(os.path.realpath(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `ChainError` for anything else, and for absurdly large files."""
     if path.stat().st_size > _LARGEST_JSON:
         raise ChainError(f"{path} has {path.stat().st_size} bytes, too many for its kind. Save the adapter again.")
-
-    def finite(text: str) -> float:
-        if not math.isfinite(float(text)):
-            raise ValueError(f"{text} is no finite number")
-        return float(text)
-
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
-        json.dumps(values, ensure_ascii=False).encode()  # fails for half a character
+        values = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(values, allow_nan=False, ensure_ascii=False).encode()  # NaN, Inf or half a character: an error
     except (ValueError, RecursionError) as error:
         raise ChainError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(values, dict):

@@ -2,7 +2,7 @@
 
 `chain.json` is the commit record: a task that is new or has changed is written into a new folder, `chain.json`
 is replaced in one step, and only then what it no longer names is removed. A killed process leaves the old chain or
-the new one, complete, and perhaps folders that `chain.json` does not name. The folder itself is never moved.
+the new one, complete, and what else it leaves the next save removes. The folder itself is never moved.
 """
 
 from __future__ import annotations
@@ -114,20 +114,22 @@ def save_chain(
                 "similarities": config.similarities, "soft_coefficients": config.soft_coefficients,
             }  # fmt: skip
         order = oldest_first({task: entry["history"] for task, entry in entries.items()})
+        manifest = Manifest({task: entries[task] for task in order}, next(filter(None, bases), None))
+        listed = {entry["folder"] for entry in earlier.tasks.values() if "repo_id" not in entry}
+        old = {*listed, *earlier.unfinished} - {entry["folder"] for entry in entries.values()} - {ROOT}
+        unfinished = sorted({*old, *(target.name for target in new.values())})  # for the next save, if this one dies
         flush(stage)
-        if not (path / MANIFEST_NAME).exists():  # a first save that is killed is not taken for a shorter chain
-            write_manifest(path, Manifest({}), stage)
+        write_manifest(path, earlier._replace(unfinished=unfinished), stage)
         for source, target in new.items():
             os.rename(source, target)
-        manifest = Manifest({task: entries[task] for task in order}, next(filter(None, bases), None))
+        write_manifest(path, manifest._replace(unfinished=unfinished), stage)
+        for name in old:
+            shutil.rmtree(path / name, ignore_errors=True)
         write_manifest(path, manifest, stage)
         readme = path / README_NAME
         if not readme.exists() or _OWN_CARD in readme.read_text(encoding="utf-8", errors="replace"):
             model_card(path.resolve().name, path, manifest, model).save(stage / README_NAME)
             os.replace(stage / README_NAME, readme)
-        listed = {entry["folder"] for entry in earlier.tasks.values() if "repo_id" not in entry}
-        for old in listed - {entry["folder"] for entry in entries.values()} - {ROOT}:
-            shutil.rmtree(path / old, ignore_errors=True)
     return path
 
 

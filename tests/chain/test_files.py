@@ -82,7 +82,10 @@ HARM: list[tuple[Spoil | str | dict[str, Any], str]] = [
     *((dict(r=r), "third.*is damaged.*'r' expected int") for r in ("2", None, True, 2.0)),
     (dict(r=10**9), "no matrix of rank 1000000000"),
     *((dict(lora_alpha=alpha), "third.*is damaged.*lora_alpha") for alpha in ("big", None, [1], True)),
-    *((dict(lora_alpha=alpha), "no finite number") for alpha in (float("nan"), float("inf"))),
+    *(
+        (dict(lora_alpha=alpha), "not valid JSON.*third|third.*not valid JSON")
+        for alpha in (float("nan"), float("inf"))
+    ),
     (dict(lora_dropout=None), "third.*is damaged.*lora_dropout"),
     (dict(use_rslora="no"), "third.*is damaged.*use_rslora"),
     (dict(target_modules=5), "third.*is damaged.*target_modules"),
@@ -95,7 +98,7 @@ HARM: list[tuple[Spoil | str | dict[str, Any], str]] = [
     *((dict([(name, "(")]), "its config is wrong.*third") for name in ("target_modules", "exclude_modules")),
     (dict(rank_pattern={"(": 2}), "its config is wrong.*third"),
     (dict(megatron_config={"a": 1}, megatron_core="os"), "a module to import"),
-    *((with_value(1, dtype), f"holds {dtype}") for dtype in (torch.float8_e4m3fn, torch.int8, torch.bool)),
+    *((with_value(1, dtype), f"holds .*{dtype}") for dtype in (torch.float8_e4m3fn, torch.int8, torch.bool)),
     *(
         (
             lambda path, name=name: (path.parent / name).unlink() or (path.parent / name).symlink_to(name),
@@ -148,7 +151,6 @@ def test_links(folder: Path, tmp_path: Path) -> None:
         *(({"folder": folder}, "is not there") for folder in ("none", "a" * 5000)),
         ({"folder": "\ud800"}, "not valid JSON"),
         *(({name: 3}, "damaged") for name in ("folder", "similarities", "soft_coefficients", "repo_id")),
-        ({"task": "first"}, "lists a task twice"),
         *(({"task": task}, "cannot be the name") for task in ("../second", ".")),
         ({"history": "first"}, "damaged"),
         ({"sha256": None}, "damaged"),
