@@ -53,7 +53,7 @@ from .manifest import (
 )
 from .save import adapter_for
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 # settings that tell how the adapter is added up, and where
 _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias")
@@ -205,8 +205,9 @@ def update_task(
             f"{task!r} of {source} was trained on top of {there}, and this one on {here}. Load that chain."
         )
     tensors = _checked(new, _hashes_in(model, new.history), strict)
+    base = {key: weight.detach() for key, weight in base_weights(model.base_model.model).items()}
     with _explained([new]):
-        tensors = fitting(model, name, new, tensors, base_weights(model.base_model.model), set())
+        tensors = fitting(model, name, new, tensors, base)
     model.base_model.attribution.pop(name, None)
     for field in ("similarities", "soft_coefficients", "attribution_layout", "history_hashes", "origin"):
         setattr(config, field, getattr(new.config, field))
@@ -219,7 +220,7 @@ def update_task(
 
 def read_chain(
     places: Sequence[Place], tasks: Sequence[str] | None = None, strict: bool = True, base: nn.Module | None = None
-) -> list[tuple[AdapterFile, dict[str, torch.Tensor]]]:
+) -> list[tuple[AdapterFile, Tensors]]:
     """The adapters of a chain, each after its history, with their tensors: all checks but the fit of the shapes.
 
     The names are checked against `base`, if it is given. Raises as `load_chain`.
@@ -240,12 +241,11 @@ def read_chain(
 
 
 def verify_chain(
-    places: Sequence[Place], bare: Callable[[AdapterFile], nn.Module] | None = None
+    places: Sequence[Place], bare: Callable[[AdapterFile], nn.Module] | None
 ) -> tuple[dict[str, str], str]:
     """What `load_chain` refuses: task -> what is wrong with it ("" if nothing), and what is wrong with the chain.
 
-    `bare` makes the base model on the meta device, to check the names and shapes. Values of base weights that are in
-    an adapter's file are not compared.
+    `bare` makes the base model on the meta device, to check names and shapes.
     """
     checks = dict[str, str]()
     for place in places:  # every task is checked, whatever is wrong with the others
@@ -324,7 +324,7 @@ def in_order(adapters: Iterable[AdapterFile], tasks: Sequence[str] | None = None
     return [by_name[name] for name in order]
 
 
-def _checked(adapter: AdapterFile, hashes: Mapping[str, str], strict: bool) -> dict[str, torch.Tensor]:
+def _checked(adapter: AdapterFile, hashes: Mapping[str, str], strict: bool) -> Tensors:
     """The adapter's tensors, compared with `chain.json` and its history (`hashes`: task -> what is there).
 
     A difference is a `ChainError` if strict, else a warning, and the config gets the hashes that are there.
@@ -378,7 +378,8 @@ def _add(model: Any, adapters: Sequence[tuple[AdapterFile, Tensors]], autocast: 
     """Add adapters, oldest first, to a bare model (which is wrapped) or to a `PeftModel`."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     base = base_weights(inner)
-    unseen = set() if isinstance(model, PeftModel) else set(base)
+    if inner is not model:
+        base = {name: weight.detach() for name, weight in base.items()}
     for attention in (name for name, module in inner.named_modules() if isinstance(module, nn.MultiheadAttention)):
         if any(key.startswith(f"{PREFIX}{attention}.lora_") for _, tensors in adapters for key in tensors):
             raise ChainError(f"{attention} is a MultiheadAttention, which cannot be part of a chain. Use PEFT alone.")
@@ -386,17 +387,17 @@ def _add(model: Any, adapters: Sequence[tuple[AdapterFile, Tensors]], autocast: 
         for is_simple, group in groupby(adapters, key=_is_simple):
             run = list(group)
             if not isinstance(model, PeftModel):
-                model, run = _add_as_peft_does(model, *run[0], autocast, base, unseen), run[1:]
+                model, run = _add_as_peft_does(model, *run[0], autocast, base), run[1:]
             if is_simple and run and _takes_simple(model):
                 with _explained([adapter for adapter, _ in run]):
                     found = {adapter.name: (adapter.config, tensors) for adapter, tensors in run}
                     model.base_model.add_loaded_adapters(found, autocast)
                 continue
             for adapter, tensors in run:
-                model = _add_as_peft_does(model, adapter, tensors, autocast, base, unseen)
+                model = _add_as_peft_does(model, adapter, tensors, autocast, base)
     with torch.no_grad():
         for name, weight in base_weights(inner).items():
-            if weight is not base.get(name, weight):
+            if base[name].data_ptr() != weight.data_ptr():
                 weight.copy_(base[name])
     return model
 
@@ -431,9 +432,7 @@ def _takes_simple(model: PeftModel) -> bool:
     return type(model).add_adapter is PeftModel.add_adapter and not has_wrapper and not model.base_model.is_merged
 
 
-def _add_as_peft_does(
-    model: Any, adapter: AdapterFile, tensors: Tensors, autocast: bool, base: dict[str, torch.Tensor], unseen: set[str]
-) -> Any:
+def _add_as_peft_does(model: Any, adapter: AdapterFile, tensors: Tensors, autocast: bool, base: Tensors) -> Any:
     name, config = adapter.name, adapter.config
     with _explained([adapter]):
         if isinstance(model, PeftModel):
@@ -442,19 +441,17 @@ def _add_as_peft_does(
             config = copy.copy(config)
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
             model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=autocast)
-        set_peft_model_state_dict(model, fitting(model, name, adapter, tensors, base, unseen), adapter_name=name)
+        set_peft_model_state_dict(model, fitting(model, name, adapter, tensors, base), adapter_name=name)
         model.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=autocast)
     return model
 
 
-def fitting(
-    model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base: dict[str, torch.Tensor], unseen: set[str]
-) -> dict[str, torch.Tensor]:
+def fitting(model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base: Tensors) -> Tensors:
     """The file's tensors for the adapter `name` of the model, which has tensors of the same names and shapes.
 
     PEFT saves weights of the base model too, with an adapter on an embedding or where the vocabulary was resized. They
-    are compared with `base` and left out: all tasks share them. If just the last rows differ, those of new tokens, the
-    file's take their place in `base`, for `unseen` weights, which no earlier adapter's file had.
+    are compared with `base` and left out: all tasks share them. Where `base` has a parameter of which just the last
+    rows differ, those of new tokens, the file's tensor takes its place, for this task and the later ones.
     A tensor that is missing, unknown, of another shape, or differs from the base model's is a `ChainError`.
     """
     copies = re.compile(r"\.(modules_to_save|original_module)\.")
@@ -473,12 +470,10 @@ def fitting(
         if key in own or held.is_meta:
             continue
         equal = _equal_rows(found[key], held.cpu())
-        new_rows = short in unseen and equal[0] and equal.sum() == equal.nonzero()[-1] + 1
-        unseen.discard(short)
-        if not equal.all():
-            if not new_rows:
-                raise ChainError(f"{where} has another {key} than the base model. Load the one it was trained on.")
-            base[short] = found[key]
+        is_new = isinstance(held, nn.Parameter) and equal[0] and equal.sum() == equal.nonzero()[-1] + 1
+        if not equal.all() and not is_new:
+            raise ChainError(f"{where} has another {key} than the base model. Load the one that it was trained on.")
+        base[short] = held.detach() if equal.all() else found[key]
     if vector is not None:
         check_attribution(adapter.name, getattr(adapter.config, "attribution_layout", None), vector)
         found[ATTRIBUTION_KEY] = vector

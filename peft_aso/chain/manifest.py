@@ -41,25 +41,17 @@ _Names = str | list[str] | None
 _PerTask = dict[str, _Number | list[_Number]] | None  # task -> one number, or one a layer
 # Types that are checked where a file is read (docs/*.schema.json has them too); other settings are left to PEFT.
 # Not in class syntax, whose annotations are strings here and would not be checked.
-Entry = TypedDict(  # noqa: UP013
-    "Entry",
-    {
-        "task": str, "folder": str, "history": list[str], "sha256": str, "rank": int, "similarities": _PerTask,
-        "soft_coefficients": _PerTask, "repo_id": str, "revision": str,
-    },
-    total=False,
-)  # fmt: skip
-AdapterSettings = TypedDict(  # noqa: UP013
-    "AdapterSettings",
-    {
-        "r": int, "lora_alpha": _Number, "lora_dropout": _Number, "use_rslora": bool, "lora_bias": bool,
-        "fan_in_fan_out": bool, "rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, _Number] | None,
-        "target_modules": _Names, "exclude_modules": _Names, "modules_to_save": list[str] | None,
-        "base_model_name_or_path": str | None, "history_hashes": dict[str, str] | None, "similarities": _PerTask,
-        "soft_coefficients": _PerTask, "combined": bool, "train_a": bool, "origin": dict[str, str] | None,
-    },
-    total=False,
-)  # fmt: skip
+Entry = TypedDict("Entry", {  # noqa: UP013
+    "task": str, "folder": str, "history": list[str], "sha256": str, "rank": int, "similarities": _PerTask,
+    "soft_coefficients": _PerTask, "repo_id": str, "revision": str,
+}, total=False)  # fmt: skip
+AdapterSettings = TypedDict("AdapterSettings", {  # noqa: UP013
+    "r": int, "lora_alpha": _Number, "lora_dropout": _Number, "use_rslora": bool, "lora_bias": bool, "train_a": bool,
+    "fan_in_fan_out": bool, "rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, _Number] | None,
+    "target_modules": _Names, "exclude_modules": _Names, "modules_to_save": list[str] | None, "combined": bool,
+    "base_model_name_or_path": str | None, "history_hashes": dict[str, str] | None, "similarities": _PerTask,
+    "soft_coefficients": _PerTask, "origin": dict[str, str] | None,
+}, total=False)  # fmt: skip
 
 
 class ChainError(ValueError):
@@ -114,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
                 raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
         base_model, unfinished = content.get("base_model_name_or_path"), content.get("unfinished", [])
-        for name in [] + unfinished:
+        for name in [] + unfinished:  # a list
             check_task_name(name, path)
     except ChainError:
         raise
@@ -134,7 +126,7 @@ def _check_types(schema: Any, values: Mapping[str, Any], path: Path) -> None:
 def write_manifest(folder: Path, manifest: Manifest, stage: Path) -> None:
     """Replace `chain.json` in one step: a reader finds the old one or the new one, also after a power cut.
 
-    `stage` is a folder on the same disk, in which it is written.
+    It is written in `stage`, a folder on the same disk.
     """
     from .. import __version__
 

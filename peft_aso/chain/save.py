@@ -268,7 +268,6 @@ def model_card(
             weights += f" of [{entry['repo_id']}](https://huggingface.co/{entry['repo_id']}/tree/{entry['revision']})"
         percent = f"{accuracy[task]:.1f}" if accuracy and task in accuracy else ""
         rows.append([str(number), task, str(entry["rank"]), most_like(entry["similarities"]), percent, weights])
-    config = f'ASOLoraConfig(task_type="{kind}")' if kind else "ASOLoraConfig()"
     parts = [
         f"---\n{about.to_yaml()}\n---\n\n# {name}",
         f"A chain of {len(manifest.tasks)} tasks, learned one after another with ASO-LoRA "
@@ -281,7 +280,7 @@ from peft_aso import ASOLoraConfig, load_chain, push_chain
 from transformers import {loader}
 
 model = load_chain({load_base}, "{name}")  # all tasks
-model.add_adapter("new-task", {config})
+model.add_adapter("new-task", ASOLoraConfig({f'task_type="{kind}"' if kind else ""}))
 model.set_adapter("new-task")  # the tasks above are its history; train it with ASOTrainer, then
 push_chain(model, "you/new-chain")
 ```""",

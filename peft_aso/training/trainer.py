@@ -236,9 +236,8 @@ class ASOTrainerMixin:
         then, now = saved.to_dict(), own.to_dict()
         changed = [f"{name} was {then[name]!r} and is {now[name]!r}" for name in _RESUMED if then[name] != now[name]]
         if changed:
-            warnings.warn(
-                f"The run goes on with other settings than {resume_from_checkpoint} has: {changed}.", stacklevel=2
-            )
+            text = f"The run goes on with other settings than {resume_from_checkpoint} has: {', '.join(changed)}."
+            warnings.warn(text, stacklevel=2)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         if tuner.history and saved.soft_coefficients:
             own.attribution_layout = saved.attribution_layout
