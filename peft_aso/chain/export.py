@@ -70,14 +70,11 @@ def export_lora(
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
-        folder: where to; made if it does not exist. An earlier export is replaced, file by file, the config last.
+        folder: where to, and what is returned; made if new. An earlier export is replaced, file by file.
         tasks: which adapters to add up, each alone, without its history. None: the active task and its history.
         max_rank: modules of a higher rank get the best approximation of this rank (truncated SVD); the relative error
             is logged and written into the export's README.md, with that of rounding to `dtype`.
         dtype: of the exported weights. None: the one that the adapters have.
-
-    Returns:
-        The folder.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no sum (DoRA
@@ -244,14 +241,11 @@ def export_merged(
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters on a transformers model.
-        folder: where to; made if it does not exist. An earlier export is replaced, file by file, the config last.
+        folder: where to, and what is returned; made if new. An earlier export is replaced, file by file.
         tasks: which adapters to add up, each alone, without its history. None: the active task and its history.
         dtype: of the weights that are written. None: the one that each has in the base model.
         max_shard_size: as in `save_pretrained`.
         tokenizer: saved too, if given.
-
-    Returns:
-        The folder.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no sum, a

@@ -388,7 +388,10 @@ def _add(model: Any, adapters: Sequence[tuple[AdapterFile, Tensors]], autocast: 
             run = list(group)
             if not isinstance(model, PeftModel):
                 model, run = _add_as_peft_does(model, *run[0], autocast, base), run[1:]
-            if is_simple and run and _takes_simple(model):
+            # not with heads (classes for classifiers add one for each adapter), nor where something is merged
+            has_heads = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+            has_heads |= type(model).add_adapter is not PeftModel.add_adapter
+            if is_simple and run and not has_heads and not model.base_model.is_merged:
                 with _explained([adapter for adapter, _ in run]):
                     found = {adapter.name: (adapter.config, tensors) for adapter, tensors in run}
                     model.base_model.add_loaded_adapters(found, autocast)
@@ -424,12 +427,6 @@ def _is_simple(loaded: tuple[AdapterFile, Tensors]) -> bool:
     if config.modules_to_save or config.use_qalora or any(True for _ in chain_obstacles(config)):
         return False
     return all(".lora_A." in key or ".lora_B." in key for key in loaded[1] if key != ATTRIBUTION_KEY)
-
-
-def _takes_simple(model: PeftModel) -> bool:
-    """Whether a model has no heads (classes for classifiers add one for each adapter) and nothing merged."""
-    has_wrapper = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
-    return type(model).add_adapter is PeftModel.add_adapter and not has_wrapper and not model.base_model.is_merged
 
 
 def _add_as_peft_does(model: Any, adapter: AdapterFile, tensors: Tensors, autocast: bool, base: Tensors) -> Any:

@@ -299,7 +299,9 @@ def find_in_folder(folder: Path, tasks: Sequence[str] | None = None) -> list[Pla
         return [Place(place) for place in [*root, *inside]]
     wanted = with_history({task: entry["history"] for task, entry in manifest.tasks.items()}, tasks)
     named = {entry["folder"] for entry in manifest.tasks.values()}
-    others = [place.name for place in inside if place.name not in named and f'"{PEFT_TYPE_NAME}"' in _text_of(place)]
+    unnamed = [place for place in inside if place.name not in named and (place / CONFIG_NAME).is_file()]
+    ours = f'"{PEFT_TYPE_NAME}"'
+    others = [place.name for place in unnamed if ours in (place / CONFIG_NAME).read_text(errors="replace")]
     if others and tasks is None:
         text = f"{folder} holds adapters that its {MANIFEST_NAME} does not name: {', '.join(map(repr, others))}."
         warnings.warn(f"{text} To add them, load a list of all folders and save it with save_chain.", stacklevel=5)
@@ -307,11 +309,6 @@ def find_in_folder(folder: Path, tasks: Sequence[str] | None = None) -> list[Pla
     for each in found:
         _refuse_escape(folder, each.path)
     return found
-
-
-def _text_of(adapter: Path) -> str:
-    config = adapter / CONFIG_NAME
-    return config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
 
 
 def read_adapter(place: Place) -> AdapterFile:

@@ -65,13 +65,10 @@ def save_chain(
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
-        folder: where to; it is made if it does not exist.
+        folder: where to; it is made if it does not exist, and returned.
         tasks: which tasks (their history must be among them). None: all but the products of `add_weighted_adapter`.
         overwrite: whether tasks that the folder's `chain.json` lists, and that are not saved now, are removed.
             `remove_task` allows it for its task.
-
-    Returns:
-        The folder.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, a task without its history, a
@@ -103,7 +100,12 @@ def save_chain(
         refuse_loss(earlier, adapters, model.base_model.removed_tasks, overwrite, str(path))
         entries, new = {}, {}
         for task, adapter in adapters.items():
-            written = _write_adapter(model, adapter, task, stage)
+            scratch, made = stage / ".scratch", stage / task
+            model.save_pretrained(str(scratch), selected_adapters=[adapter])
+            (scratch if adapter == _PEFT_DEFAULT else scratch / adapter).rename(made)
+            shutil.rmtree(scratch, ignore_errors=True)
+            (made / README_NAME).unlink(missing_ok=True)  # PEFT's model card
+            written = read_adapter(Place(made))
             digest = weights_hash(written.tensors(), written.config)
             target, is_there = _target(path, written, digest, earlier)
             if not is_there:
@@ -217,16 +219,6 @@ def _selected(model: Any, tasks: Sequence[str] | None) -> dict[str, str]:
             old = ", ".join(map(repr, lacking))
             raise ChainError(f"{task!r} was trained on top of {old}, which would not be there. Save them together.")
     return selected
-
-
-def _write_adapter(model: Any, adapter: str, task: str, stage: Path) -> AdapterFile:
-    """Save one adapter with `save_pretrained`, into `stage / task` whatever the adapter's name."""
-    scratch, target = stage / ".scratch", stage / task
-    model.save_pretrained(str(scratch), selected_adapters=[adapter])
-    (scratch if adapter == _PEFT_DEFAULT else scratch / adapter).rename(target)
-    shutil.rmtree(scratch, ignore_errors=True)
-    (target / "README.md").unlink(missing_ok=True)  # PEFT's model card
-    return read_adapter(Place(target))
 
 
 def _target(path: Path, written: AdapterFile, digest: str, earlier: Manifest) -> tuple[Path, bool]:
