@@ -18,7 +18,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_aso import ASOLoraConfig, ChainError, HistoryError, load_chain, load_history, save_chain, update_task
+from peft_aso import (
+    ASOLoraConfig,
+    ChainError,
+    HistoryError,
+    export_merged,
+    load_chain,
+    load_history,
+    save_chain,
+    update_task,
+)
 from tests.chain.chains import (
     add,
     at_call,
@@ -334,6 +343,8 @@ def test_new_tokens_have_the_values_that_were_trained_with(tmp_path: Path, tied:
     folder = save_chain(model, tmp_path / "chain")
     assert (of_new_tokens(base(4)) - of_new_tokens(base())).abs().max() > 0.01, "what this test is about"
     assert torch.equal(of_new_tokens(load_chain(base(4), folder)), of_new_tokens(model))
+    merged = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "merged"))
+    torch.testing.assert_close(of_new_tokens(merged), of_new_tokens(model), atol=1e-4, rtol=1e-4)
     stock = get_peft_model(base(), LoraConfig(**settings(target_modules=[targets, "v_proj"])))
     stock.save_pretrained(tmp_path / "stock")
     assert torch.equal(of_new_tokens(PeftModel.from_pretrained(base(4), tmp_path / "stock")), of_new_tokens(stock))
