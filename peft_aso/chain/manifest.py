@@ -329,7 +329,7 @@ def read_adapter(place: Place) -> AdapterFile:
     regular_file(path, SAFETENSORS_WEIGHTS_NAME)
     _check_types(AdapterSettings, values, path / CONFIG_NAME)
     if set(_ORIGIN if values.get("origin") is None else values["origin"]) != _ORIGIN:
-        raise ChainError(f"{path / CONFIG_NAME} has another origin than {_ORIGIN}. Save the adapter again.")
+        raise ChainError(f"{path / CONFIG_NAME} has another origin than {sorted(_ORIGIN)}. Save the adapter again.")
     if values.get("megatron_config"):
         raise ChainError(f"{path / CONFIG_NAME} names a module to import (megatron_config). Save it without.")
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well

@@ -93,7 +93,7 @@ HARM: list[tuple[Spoil | str | dict[str, Any], str]] = [
     (dict(rank_pattern=[1]), "third.*is damaged.*rank_pattern"),
     *((dict(similarities=values), "third.*is damaged") for values in ("x", [1], {"first": None}, {"first": "1"})),
     *((dict(history_hashes=values), "third.*is damaged") for values in ("x", [1], {"first": 3})),
-    *((dict(origin=values), "third.*(is damaged|an origin)") for values in ("x", [1], {"repo_id": 1}, {})),
+    *((dict(origin=values), "third.*(is damaged|another origin)") for values in ("x", [1], {"repo_id": 1}, {})),
     (dict(base_model_name_or_path=["x"]), "third.*is damaged"),
     *((dict([(name, "(")]), "its config is wrong.*third") for name in ("target_modules", "exclude_modules")),
     (dict(rank_pattern={"(": 2}), "its config is wrong.*third"),
