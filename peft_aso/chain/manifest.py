@@ -336,7 +336,7 @@ def read_adapter(place: Place) -> AdapterFile:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         config = config_class.from_peft_type(**config_class.check_kwargs(**values))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise ChainError(f"{path / CONFIG_NAME} is not a valid config: {error} Save the adapter again.") from error
     name = getattr(config, "task_name", None) or os.path.basename(os.path.realpath(path))
     check_task_name(name, path)

@@ -98,6 +98,7 @@ HARM: list[tuple[Spoil | str | dict[str, Any], str]] = [
     *((dict([(name, "(")]), "its config is wrong.*third") for name in ("target_modules", "exclude_modules")),
     (dict(rank_pattern={"(": 2}), "its config is wrong.*third"),
     (dict(megatron_config={"a": 1}, megatron_core="os"), "a module to import"),
+    (dict(monteclora_config={"a": {"b": 1}}), "not a valid config"),
     *((with_value(1, dtype), f"holds .*{dtype}") for dtype in (torch.float8_e4m3fn, torch.int8, torch.bool)),
     *(
         (
