@@ -21,12 +21,6 @@ from typing import Annotated, Any, Literal
 import typer
 from safetensors import SafetensorError, safe_open
 
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 Result = tuple[str, Any, bool]  # text, the same for JSON, and whether all is well
 
 app = typer.Typer(
@@ -95,32 +89,11 @@ def inspect(source: Source, revision: Revision = None, as_json: AsJson = False) 
 @command
 def verify(source: Source, base: Shapes = None, revision: Revision = None, as_json: AsJson = False) -> Result:
     """Check hashes, finite values and that the history is complete; with --base, shapes too."""
-    from peft_aso import ChainError
-    from peft_aso.chain.load import check_fit, in_order
-    from peft_aso.chain.manifest import mismatch, read_adapter
-    from peft_aso.tuner.history import chain_obstacles
+    from peft_aso.chain.load import verify_chain
 
-    places, adapters, checks = _places(source, revision), [], dict[str, str]()
-    for place in places:  # every task is checked, whatever is wrong with the others
-        task = place.entry["task"] if place.entry else place.path.name
-        checks[task] = ""
-        try:
-            adapter = read_adapter(place)
-            adapters.append(adapter)
-            tensors = adapter.tensors()
-            for reason in chain_obstacles(adapter.config) if len(places) > 1 else ():
-                raise ChainError(f"it cannot be part of a chain: {reason}")
-            if base is not None:
-                check_fit(adapter, tensors, _without_weights(adapter, base))
-            checks[task] = mismatch(adapter, tensors) or ""
-        except ChainError as error:
-            checks[task] = str(error)
-    problem = ""
-    try:
-        if not any(checks.values()):
-            in_order(adapters)
-    except ChainError as error:
-        problem = str(error)
+    places = _places(source, revision)
+    bare = None if base is None else functools.partial(_without_weights, name=base)
+    checks, problem = verify_chain(places, bare)
     shapes = f", shapes as in {base}" if base is not None else ""
     lines = [
         f"WRONG   {task}: {found}" if found else f"ok      {task}: finite{shapes}" for task, found in checks.items()
@@ -171,7 +144,7 @@ def push(
     private: Private = False, revision: Revision = None, as_json: AsJson = False,
 ) -> Result:  # fmt: skip
     """Push a chain to the Hub."""
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     validate_repo_id(repo)
     model, _, _ = _loaded(source, base, None, revision)
@@ -187,7 +160,8 @@ def report(source: Source, out: Out, revision: Revision = None, as_json: AsJson 
     """Write a Markdown page with the picture of the similarities."""
     _check_out(out)
     tasks, rows = _overview(source, revision)
-    from peft_aso.chain.hub import PICTURE, draw, markdown
+    from peft_aso.chain.hub import draw
+    from peft_aso.chain.save import PICTURE, markdown
 
     out.mkdir(parents=True, exist_ok=True)
     picture = "No picture: there are no similarities, or matplotlib is not installed (peft-aso[plots])."
@@ -330,13 +304,15 @@ def _model_class(adapter: Any) -> Any:
     """The Auto class of an adapter's task type; without one the class that it was trained in."""
     import transformers
 
+    from peft_aso.chain.save import AUTO_CLASSES
+
     config = adapter.config
     kind = getattr(config.task_type, "value", config.task_type)
     name = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if kind not in _CLASSES and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+    if kind not in AUTO_CLASSES and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
-    return getattr(transformers, _CLASSES.get(kind, "AutoModel"))
+    return getattr(transformers, AUTO_CLASSES.get(kind, "AutoModel"))
 
 
 if __name__ == "__main__":

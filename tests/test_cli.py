@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_aso import export_merged, push_chain, save_chain
+from peft_aso import ChainError, export_merged, push_chain, save_chain
 from peft_aso_cli import main
-from tests.chain.chains import change_weights, edit, entries, load, logits, make_chain
+from tests.chain.chains import change_weights, content, edit, entries, load, logits, make_chain
 from tests.chain.conftest import hub  # noqa: F401
 from tests.chain.server import Hub
 from tests.tiny_models import tiny
@@ -95,6 +95,35 @@ def test_merge_and_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
     both = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "both", tasks=["first", "third"]))
     torch.testing.assert_close(logits(served), logits(both), atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_model_is_no_place_for_the_merged_one(chain: Path, tmp_path: Path, capsys: Any) -> None:
+    """A base model that is itself an export would be taken for an earlier export."""
+    export_merged(make_chain(seed=9), tmp_path / "own")
+    before = content(tmp_path / "own")
+    for base in (tmp_path / "base", tmp_path / "own"):
+        code, text = run(capsys, "merge", chain, "--base", base, "--out", base)
+        assert code == 1 and "error: " in text and "holds" in text
+    assert content(tmp_path / "own") == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({name: value} for name, value in (("history_hashes", {"first": "0" * 64}), ("target_modules", "("))),
+        *({name: value} for name, value in (("lora_dropout", None), ("rank_pattern", [1]), ("similarities", [1]))),
+        *({name: value} for name, value in (("task_name", "layers"), ("base_model_name_or_path", 3), ("r", 10**9))),
+    ],
+    ids=str,
+)
+def test_verify_reports_what_load_chain_refuses(chain: Path, tmp_path: Path, capsys: Any, damage: Any) -> None:
+    (chain / "chain.json").unlink()
+    edit(chain / "third", damage)
+    with pytest.raises(ChainError):
+        load(chain)
+    for command in (("verify", chain, "--base", tmp_path / "base"), ("inspect", chain)):
+        code, text = run(capsys, *command)
+        assert command[0] == "inspect" or code == 1 and "WRONG" in text
 
 
 def test_only_models_of_transformers_are_taken_from_a_config(chain: Path, tmp_path: Path, capsys: Any) -> None:

@@ -32,12 +32,11 @@ from ..tuner.history import adapter_of, chain_obstacles, task_name_of
 from ..tuner.layer import UNSUPPORTED_LAYERS, adapters_in, bias_of, low_rank, matrices_of
 from ..tuner.low_rank import MERGES, LowRank
 from ..tuner.model import tuner_of
-from .manifest import MANIFEST_NAME, ChainError, flush, staging
+from .manifest import MANIFEST_NAME, README_NAME, ChainError, flush, hub_id, staging
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
-README_NAME = "README.md"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 _LORA_TITLE = "# One LoRA adapter for several tasks"
 _MODEL_TITLE = "# One model for several tasks"
@@ -71,14 +70,11 @@ def export_lora(
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters.
-        folder: where to; made if it does not exist. An earlier export is replaced, file by file, the config last.
+        folder: where to, and what is returned; made if new. An earlier export is replaced, file by file.
         tasks: which adapters to add up, each alone, without its history. None: the active task and its history.
         max_rank: modules of a higher rank get the best approximation of this rank (truncated SVD); the relative error
             is logged and written into the export's README.md, with that of rounding to `dtype`.
         dtype: of the exported weights. None: the one that the adapters have.
-
-    Returns:
-        The folder.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no sum (DoRA
@@ -91,7 +87,7 @@ def export_lora(
     if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
         raise ChainError(f"max_rank={max_rank!r} must be an integer of at least 1, or None for the exact sum.")
     path = Path(folder)
-    _check_target(path, dtype, _LORA_TITLE)
+    _check_target(tuner, path, dtype, _LORA_TITLE)
     names = _selected(tuner, tasks)
     layers = _layers(tuner, names)
     if dtype is None:
@@ -120,8 +116,8 @@ def export_lora(
     if rank < full_rank:
         logger.warning("export_lora: rank %d instead of %d: relative error %s", rank, full_rank, error)
     served = next((f"`--max-lora-rank {each}`" for each in VLLM_RANKS if each >= rank), "ranks above 512 do not run")
-    base = config["base_model_name_or_path"]
-    base_line = f"base_model: {base}\n" if base and not os.path.exists(base) else ""
+    base = hub_id(config["base_model_name_or_path"])
+    base_line = f"base_model: {base}\n" if base else ""
     card = f"""---
 {base_line}library_name: peft
 tags:
@@ -245,14 +241,11 @@ def export_merged(
 
     Args:
         model: a `PeftModel` with ASO_LORA adapters on a transformers model.
-        folder: where to; made if it does not exist. An earlier export is replaced, file by file, the config last.
+        folder: where to, and what is returned; made if new. An earlier export is replaced, file by file.
         tasks: which adapters to add up, each alone, without its history. None: the active task and its history.
         dtype: of the weights that are written. None: the one that each has in the base model.
         max_shard_size: as in `save_pretrained`.
         tokenizer: saved too, if given.
-
-    Returns:
-        The folder.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no sum, a
@@ -263,7 +256,7 @@ def export_merged(
     if tuner is None or not hasattr(tuner.model, "save_pretrained"):
         raise ChainError("export_merged needs a PeftModel with ASO_LORA adapters on a transformers model.")
     path = Path(folder)
-    _check_target(path, dtype, _MODEL_TITLE)
+    _check_target(tuner, path, dtype, _MODEL_TITLE)
     names = _selected(tuner, tasks)
     merged = _model_with(tuner.model, _merged_weights(tuner, names, dtype))
     base = tuner.peft_config[names[-1]].base_model_name_or_path
@@ -328,8 +321,12 @@ def _model_with(base: Any, weights: dict[str, torch.Tensor]) -> Any:
     return model
 
 
-def _check_target(folder: Path, dtype: torch.dtype | None, title: str) -> None:
+def _check_target(tuner: ASOLoraModel, folder: Path, dtype: torch.dtype | None, title: str) -> None:
     """Refuse a folder from which a chain, an adapter or a model is read that is no earlier export of this kind."""
+    bases = {config.base_model_name_or_path for config in tuner.peft_config.values()}
+    for base in {*bases, tuner.model.__dict__.get("name_or_path")} - {None, ""}:
+        if os.path.exists(base) and folder.exists() and os.path.samefile(base, folder):
+            raise ChainError(f"{folder} holds the base model. Give another folder.")
     if dtype is not None and not dtype.is_floating_point:
         raise ChainError(f"dtype={dtype} is not a floating point type. Use torch.float32, bfloat16 or float16.")
     others = [name for name in (MANIFEST_NAME, CONFIG_NAME, MODEL_CONFIG_NAME) if (folder / name).exists()]
@@ -353,12 +350,11 @@ def _write(folder: Path, write: Callable[[Path], None], card: str, last: str, ti
         if is_own or not (folder / README_NAME).exists():
             (stage / README_NAME).write_text(card, encoding="utf-8")
         flush(stage)
-        new = sorted(os.listdir(stage), key=lambda name: name == last)
-        for name in new:
+        (folder / last).unlink(missing_ok=True)  # without it a folder that is half written is not loaded
+        for stale in folder.glob("model*.safetensors*") if is_own else ():  # the new export may have other shards
+            stale.unlink()
+        for name in sorted(os.listdir(stage), key=lambda name: name == last):
             os.replace(stage / name, folder / name)
-        for stale in folder.glob("model*.safetensors*"):  # shards, of which the new export may have fewer
-            if is_own and stale.name not in new:
-                stale.unlink()
     flush(folder, deep=False)
     return folder
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .export import README_NAME, export_lora
+from .export import export_lora
 from .manifest import (
     MANIFEST_NAME,
+    README_NAME,
     REPO_ID,
     ROOT,
     ChainError,
@@ -26,13 +27,10 @@ from .manifest import (
     with_history,
     write_manifest,
 )
-from .save import refuse_loss, save_chain
+from .save import EXPORT, PICTURE, model_card, refuse_loss, save_chain
 
 Source = str | os.PathLike[str]
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-EXPORT = "merged"  # the folder of the sum of all tasks
-PICTURE = "similarity.png"
-_TAGS = ["continual-learning", "lora", "peft", "peft-aso", "aso-lora"]
 
 
 class Access(NamedTuple):
@@ -172,9 +170,9 @@ def push_chain(
                 part = folder / entry["folder"]
                 history = {old: pins[old] for old in manifest.tasks if old in entry["history"]}
                 content = manifest._replace(tasks={**history, task: {**entry, "folder": ROOT}})
-                write_manifest(part, content)
-            has_picture = draw(list(content.tasks.values()), part / PICTURE)
-            model_card(repo, content, accuracy or {}, (part / EXPORT).exists(), has_picture).save(part / README_NAME)
+                write_manifest(part, content, Path(scratch))
+            draw(list(content.tasks.values()), part / PICTURE)
+            model_card(repo, part, content, model, accuracy or {}).save(part / README_NAME)
             api.create_repo(repo, private=private, exist_ok=True)
             commits[repo] = api.upload_folder(
                 repo_id=repo, folder_path=part, commit_message=commit_message or f"Tasks up to {task}",
@@ -194,60 +192,6 @@ def _newest(api: HfApi, repo: str) -> tuple[str | None, Manifest]:
     except RepositoryNotFoundError:
         return None, Manifest({})
     return head, read_manifest(Access(token=api.token).snapshot(repo, [MANIFEST_NAME], head)) or Manifest({})
-
-
-def model_card(
-    repo: str, manifest: Manifest, accuracy: Mapping[str, float], has_export: bool = False, has_picture: bool = False
-) -> ModelCard:
-    """What the chain is, how to load it and how to go on with it; `accuracy` of tasks is in percent."""
-    base_model = manifest.base_model
-    about = ModelCardData(base_model=base_model, base_model_relation="adapter", library_name="peft", tags=_TAGS)
-    base = f'AutoModelForCausalLM.from_pretrained("{base_model or "the base model"}")'
-    rows = [["", "task", "rank", "most like (w)", "accuracy", "weights"]]
-    for number, (task, entry) in enumerate(manifest.tasks.items(), start=1):
-        weights = f"`{entry['sha256'][:12]}`"
-        if "repo_id" in entry:
-            weights += f" of [{entry['repo_id']}](https://huggingface.co/{entry['repo_id']}/tree/{entry['revision']})"
-        percent = f"{accuracy[task]:.1f}" if task in accuracy else ""
-        rows.append([str(number), task, str(entry["rank"]), most_like(entry["similarities"]), percent, weights])
-    parts = [
-        f"---\n{about.to_yaml()}\n---\n\n# {repo}",
-        f"A chain of {len(manifest.tasks)} tasks, learned one after another with ASO-LoRA "
-        "([peft-aso](https://pypi.org/project/peft-aso/), [paper](https://aclanthology.org/2026.acl-long.842/)). Each "
-        "task has its own LoRA adapter; the model is the base and the sum of all.",
-        markdown(rows),
-        f"""```python
-from peft_aso import ASOLoraConfig, load_chain, push_chain
-from transformers import AutoModelForCausalLM
-
-model = load_chain({base}, "{repo}")  # all tasks
-model.add_adapter("new-task", ASOLoraConfig(task_type="CAUSAL_LM"))
-model.set_adapter("new-task")  # the tasks above are its history; train it with ASOTrainer, then
-push_chain(model, "you/new-chain")
-```""",
-    ]
-    if has_export:
-        load = f'PeftModel.from_pretrained({base}, "{repo}", subfolder="{EXPORT}")'
-        parts.append(f"Without peft-aso: `{EXPORT}/` is one stock LoRA adapter, the sum of all tasks: `{load}`.")
-    if has_picture:
-        parts.append(f"![similarity of the tasks]({PICTURE})")
-    return ModelCard("\n\n".join(parts) + "\n", ignore_metadata_errors=False)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns of one width; the first row is its head."""
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in lines
-    )
-
-
-def most_like(values: Mapping[str, Any] | None) -> str:
-    """The earlier task with the largest w or psi, and that (a mean, if each layer has its own); empty if none has."""
-    means = {task: sum(w) / max(len(w), 1) if isinstance(w, list) else float(w) for task, w in (values or {}).items()}
-    best = max(means, key=means.__getitem__, default=None)
-    return "" if best is None else f"{best} ({means[best]:.2f})"
 
 
 def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> bool:

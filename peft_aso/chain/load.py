@@ -6,9 +6,10 @@ After any error the model is as it was.
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import groupby
@@ -52,7 +53,7 @@ from .manifest import (
 )
 from .save import adapter_for
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 # settings that tell how the adapter is added up, and where
 _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias")
@@ -69,7 +70,8 @@ def load_chain(
     commits. The commit that an adapter is from is written into its config (`origin`).
 
     Args:
-        base: the base model, without adapters. It is changed in place, as by `get_peft_model`.
+        base: the base model, without adapters. It is changed in place, as by `get_peft_model`. Rows of new tokens at
+            the end of its embeddings get the values that the chain was trained with.
         source: a folder written by `save_chain` or `model.save_pretrained`, the id of a repository on the Hub
             ("user/chain"), or a list of adapter folders and ids, oldest first.
         tasks: load only these tasks, and what they were trained on top of. None: all.
@@ -94,19 +96,9 @@ def load_chain(
     if isinstance(base, PeftModel) or _has_adapters(base):
         raise ChainError("The base model has adapters already. Give the bare model, which model.unload() returns.")
     places = find(source, Access(revision, token, cache_dir, local_files_only), tasks)
-    adapters = in_order(_read(places, strict), tasks)
-    taken = name_parts(base)
-    for adapter in adapters:
-        if not is_free(adapter.name, taken):
-            _check_name(adapter.name, base)
-        if len(adapters) > 1:
-            _refuse_obstacles(adapter)
+    loaded = read_chain(places, tasks, strict, base)
+    adapters = [adapter for adapter, _ in loaded]
     _warn_of_other_bases(adapters, base)
-    loaded, hashes = [], dict[str, str]()
-    for adapter in tqdm(adapters, desc="Reading the chain", leave=False, disable=len(adapters) < 5):
-        tensors = _checked(adapter, hashes, strict)
-        hashes[adapter.name] = adapter_hash(tensors, adapter.config)
-        loaded.append((adapter, tensors))
     newest = adapters[-1].name
     with _put_back_on_error(base, None, [adapter.name for adapter in adapters]):
         for adapter in adapters:
@@ -213,8 +205,9 @@ def update_task(
             f"{task!r} of {source} was trained on top of {there}, and this one on {here}. Load that chain."
         )
     tensors = _checked(new, _hashes_in(model, new.history), strict)
+    base = {key: weight.detach() for key, weight in base_weights(model.base_model.model).items()}
     with _explained([new]):
-        tensors = fitting(model, name, new, tensors, base_weights(model.base_model.model))
+        tensors = fitting(model, name, new, tensors, base)
     model.base_model.attribution.pop(name, None)
     for field in ("similarities", "soft_coefficients", "attribution_layout", "history_hashes", "origin"):
         setattr(config, field, getattr(new.config, field))
@@ -225,10 +218,64 @@ def update_task(
     model.base_model.refresh_history()
 
 
+def read_chain(
+    places: Sequence[Place], tasks: Sequence[str] | None = None, strict: bool = True, base: nn.Module | None = None
+) -> list[tuple[AdapterFile, Tensors]]:
+    """The adapters of a chain, each after its history, with their tensors: all checks but the fit of the shapes.
+
+    The names are checked against `base`, if it is given. Raises as `load_chain`.
+    """
+    adapters = in_order(_read(places, strict), tasks)
+    taken = name_parts(base) if base is not None else ()
+    for adapter in adapters:
+        if base is not None and not is_free(adapter.name, taken):
+            _check_name(adapter.name, base)
+        if len(adapters) > 1:
+            _refuse_obstacles(adapter)
+    loaded, hashes = [], dict[str, str]()
+    for adapter in tqdm(adapters, desc="Reading the chain", leave=False, disable=len(adapters) < 5):
+        tensors = _checked(adapter, hashes, strict)
+        hashes[adapter.name] = adapter_hash(tensors, adapter.config)
+        loaded.append((adapter, tensors))
+    return loaded
+
+
+def verify_chain(
+    places: Sequence[Place], bare: Callable[[AdapterFile], nn.Module] | None
+) -> tuple[dict[str, str], str]:
+    """What `load_chain` refuses: task -> what is wrong with it ("" if nothing), and what is wrong with the chain.
+
+    `bare` makes the base model on the meta device, to check names and shapes.
+    """
+    checks = dict[str, str]()
+    for place in places:  # every task is checked, whatever is wrong with the others
+        task = place.entry["task"] if place.entry else place.path.name
+        checks[task] = ""
+        try:
+            adapter = next(_read([place], strict=True))
+            tensors = adapter.tensors()
+            if len(places) > 1:
+                _refuse_obstacles(adapter)
+            checks[task] = mismatch(adapter, tensors) or ""
+            if bare is not None:
+                base = bare(adapter)
+                _check_name(adapter.name, base)
+                config = replace(adapter.config, history=[], history_hashes=None)
+                _add(base, [(adapter._replace(config=config), tensors)], autocast=True)
+        except ChainError as error:
+            checks[task] = str(error)
+    try:
+        if not any(checks.values()):
+            read_chain(places)
+    except ChainError as error:
+        return checks, str(error)
+    return checks, ""
+
+
 def _read(places: Iterable[Place], strict: bool) -> Iterator[AdapterFile]:
     """Read the adapters' configs. One that `chain.json` lists and that is not there is a warning unless strict."""
     for place in places:
-        if place.entry and not (place.path / CONFIG_NAME).exists():
+        if place.entry and not os.path.lexists(place.path / CONFIG_NAME):
             task = place.entry["task"]
             warn_or_raise(f"{MANIFEST_NAME} lists the task {task!r}, and {place.path} is not there.", strict)
             continue
@@ -252,10 +299,11 @@ def in_order(adapters: Iterable[AdapterFile], tasks: Sequence[str] | None = None
             by_name[adapter.name] = adapter
         elif known is not adapter and not place.pinned and (hashes[0] is None or hashes[0] != hashes[1]):
             folders = f"{known.place.path} and {place.path}"
-            raise ChainError(
-                f"Two folders hold a task called {adapter.name!r}: {folders}. Pass a list with one of them."
-            )
-    combined = [name for name, adapter in by_name.items() if getattr(adapter.config, "combined", False)]
+            text = f"Two folders hold a task called {adapter.name!r}: {folders}."
+            raise ChainError(f"{text} Pass a list with one of them.")
+    combined = [
+        name for name, each in by_name.items() if not each.place.entry and getattr(each.config, "combined", None)
+    ]
     if combined and tasks is None:
         text = f"{combined} of add_weighted_adapter are no tasks: they are left out. Name them in tasks= to load them."
         warnings.warn(text, stacklevel=3)
@@ -276,7 +324,7 @@ def in_order(adapters: Iterable[AdapterFile], tasks: Sequence[str] | None = None
     return [by_name[name] for name in order]
 
 
-def _checked(adapter: AdapterFile, hashes: Mapping[str, str], strict: bool) -> dict[str, torch.Tensor]:
+def _checked(adapter: AdapterFile, hashes: Mapping[str, str], strict: bool) -> Tensors:
     """The adapter's tensors, compared with `chain.json` and its history (`hashes`: task -> what is there).
 
     A difference is a `ChainError` if strict, else a warning, and the config gets the hashes that are there.
@@ -326,16 +374,12 @@ def _warn_of_other_bases(adapters: Sequence[AdapterFile], base: nn.Module) -> No
         warnings.warn(f"{text} The results are wrong if it is another one of the same shape.", stacklevel=3)
 
 
-def check_fit(adapter: AdapterFile, tensors: Tensors, base: nn.Module) -> None:
-    """Add one adapter without its history to a base model (on the meta device); `ChainError` if it does not fit."""
-    settings: dict[str, Any] = {} if adapter.is_stock else {"history": [], "history_hashes": None}
-    _add(base, [(adapter._replace(config=replace(adapter.config, **settings)), tensors)], autocast=True)
-
-
 def _add(model: Any, adapters: Sequence[tuple[AdapterFile, Tensors]], autocast: bool) -> Any:
     """Add adapters, oldest first, to a bare model (which is wrapped) or to a `PeftModel`."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     base = base_weights(inner)
+    if inner is not model:
+        base = {name: weight.detach() for name, weight in base.items()}
     for attention in (name for name, module in inner.named_modules() if isinstance(module, nn.MultiheadAttention)):
         if any(key.startswith(f"{PREFIX}{attention}.lora_") for _, tensors in adapters for key in tensors):
             raise ChainError(f"{attention} is a MultiheadAttention, which cannot be part of a chain. Use PEFT alone.")
@@ -344,13 +388,20 @@ def _add(model: Any, adapters: Sequence[tuple[AdapterFile, Tensors]], autocast: 
             run = list(group)
             if not isinstance(model, PeftModel):
                 model, run = _add_as_peft_does(model, *run[0], autocast, base), run[1:]
-            if is_simple and run and _takes_simple(model):
+            # not with heads (classes for classifiers add one for each adapter), nor where something is merged
+            has_heads = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+            has_heads |= type(model).add_adapter is not PeftModel.add_adapter
+            if is_simple and run and not has_heads and not model.base_model.is_merged:
                 with _explained([adapter for adapter, _ in run]):
                     found = {adapter.name: (adapter.config, tensors) for adapter, tensors in run}
                     model.base_model.add_loaded_adapters(found, autocast)
                 continue
             for adapter, tensors in run:
                 model = _add_as_peft_does(model, adapter, tensors, autocast, base)
+    with torch.no_grad():
+        for name, weight in base_weights(inner).items():
+            if base[name].data_ptr() != weight.data_ptr():
+                weight.copy_(base[name])
     return model
 
 
@@ -361,7 +412,7 @@ def _explained(adapters: Sequence[AdapterFile]) -> Iterator[None]:
         yield
     except ChainError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, re.error) as error:
         places = ", ".join(str(adapter.place.path) for adapter in adapters)
         text = f"An adapter does not fit this model, or its config is wrong: {error} It is in {places}"
         raise ChainError(f"{text}, for {adapters[0].config.base_model_name_or_path!r}.") from error
@@ -378,12 +429,6 @@ def _is_simple(loaded: tuple[AdapterFile, Tensors]) -> bool:
     return all(".lora_A." in key or ".lora_B." in key for key in loaded[1] if key != ATTRIBUTION_KEY)
 
 
-def _takes_simple(model: PeftModel) -> bool:
-    """Whether a model has no heads (classes for classifiers add one for each adapter) and nothing merged."""
-    has_wrapper = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
-    return type(model).add_adapter is PeftModel.add_adapter and not has_wrapper and not model.base_model.is_merged
-
-
 def _add_as_peft_does(model: Any, adapter: AdapterFile, tensors: Tensors, autocast: bool, base: Tensors) -> Any:
     name, config = adapter.name, adapter.config
     with _explained([adapter]):
@@ -398,11 +443,12 @@ def _add_as_peft_does(model: Any, adapter: AdapterFile, tensors: Tensors, autoca
     return model
 
 
-def fitting(model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base: Tensors) -> dict[str, torch.Tensor]:
+def fitting(model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base: Tensors) -> Tensors:
     """The file's tensors for the adapter `name` of the model, which has tensors of the same names and shapes.
 
     PEFT saves weights of the base model too, with an adapter on an embedding or where the vocabulary was resized. They
-    are compared with `base` and left out: all tasks share them.
+    are compared with `base` and left out: all tasks share them. Where `base` has a parameter of which just the last
+    rows differ, those of new tokens, the file's tensor takes its place, for this task and the later ones.
     A tensor that is missing, unknown, of another shape, or differs from the base model's is a `ChainError`.
     """
     copies = re.compile(r"\.(modules_to_save|original_module)\.")
@@ -412,25 +458,31 @@ def fitting(model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base:
     own.pop(ATTRIBUTION_KEY, None)
     where = f"The adapter {adapter.name!r} ({adapter.place.path}, for {adapter.config.base_model_name_or_path!r})"
     for key in sorted({*found, *own}):
-        held = own.get(key, base.get(key.removeprefix(PREFIX).replace(".base_layer.", ".")))
+        short = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        held = own.get(key, base.get(short))
         there, here = (None if each is None else tuple(each.shape) for each in (found.get(key), held))
         if there != here:
             text = f"{where} does not fit this model: {key} has the shape {there} in the file and {here} here."
             raise ChainError(f"{text} Heads need the same num_labels, added tokens model.resize_token_embeddings.")
-        if key not in own and not held.is_meta and not _same(found.pop(key), held.cpu()):
+        if key in own or held.is_meta:
+            continue
+        equal = _equal_rows(found[key], held.cpu())
+        is_new = isinstance(held, nn.Parameter) and equal[0] and equal.sum() == equal.nonzero()[-1] + 1
+        if not equal.all() and not is_new:
             raise ChainError(f"{where} has another {key} than the base model. Load the one that it was trained on.")
+        base[short] = held.detach() if equal.all() else found[key]
     if vector is not None:
         check_attribution(adapter.name, getattr(adapter.config, "attribution_layout", None), vector)
         found[ATTRIBUTION_KEY] = vector
     return {key: each for key, each in found.items() if key in own or key == ATTRIBUTION_KEY}
 
 
-def _same(tensor: torch.Tensor, held: torch.Tensor) -> bool:
-    """Equal up to the rounding of the coarser of the two dtypes."""
-    if not held.is_floating_point():
-        return torch.equal(tensor, held)
-    coarse = max(tensor.dtype, held.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.equal(tensor.to(coarse), held.to(coarse))
+def _equal_rows(tensor: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Which rows are equal up to the rounding of the coarser of the two dtypes."""
+    if held.is_floating_point() and tensor.is_floating_point():
+        coarse = max(tensor.dtype, held.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        tensor, held = tensor.to(coarse), held.to(coarse)
+    return (tensor == held).reshape(len(held) if held.dim() else 1, -1).all(1)
 
 
 @contextmanager

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -25,11 +27,31 @@ from ..tuner.config import PEFT_TYPE_NAME, ASOLoraConfig
 from ..tuner.history import is_folder_name
 
 MANIFEST_NAME = "chain.json"
+README_NAME = "README.md"
 FORMAT, FORMAT_VERSION = "peft_aso chain", 2
 ROOT = "."  # the folder of a task that is next to its chain.json
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEMPORARY = ".peft-aso-"  # beginning of the names of temporary folders
 _LARGEST_JSON = 16 * 2**20
+_ORIGIN = {"repo_id", "revision", "folder", "sha256"}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_Number = int | float
+_Names = str | list[str] | None
+_PerTask = dict[str, _Number | list[_Number]] | None  # task -> one number, or one a layer
+# Types that are checked where a file is read (docs/*.schema.json has them too); other settings are left to PEFT.
+# Not in class syntax, whose annotations are strings here and would not be checked.
+Entry = TypedDict("Entry", {  # noqa: UP013
+    "task": str, "folder": str, "history": list[str], "sha256": str, "rank": int, "similarities": _PerTask,
+    "soft_coefficients": _PerTask, "repo_id": str, "revision": str,
+}, total=False)  # fmt: skip
+AdapterSettings = TypedDict("AdapterSettings", {  # noqa: UP013
+    "r": int, "lora_alpha": _Number, "lora_dropout": _Number, "use_rslora": bool, "lora_bias": bool, "train_a": bool,
+    "fan_in_fan_out": bool, "rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, _Number] | None,
+    "target_modules": _Names, "exclude_modules": _Names, "modules_to_save": list[str] | None, "combined": bool,
+    "base_model_name_or_path": str | None, "history_hashes": dict[str, str] | None, "similarities": _PerTask,
+    "soft_coefficients": _PerTask, "origin": dict[str, str] | None,
+}, total=False)  # fmt: skip
 
 
 class ChainError(ValueError):
@@ -44,15 +66,21 @@ def warn_or_raise(message: str, strict: bool) -> None:
 
 
 class Manifest(NamedTuple):
-    """What `chain.json` holds: task -> its entry, in the order in which the tasks were learned, and the base model.
+    """What `chain.json` holds: task -> its `Entry`, in the order in which the tasks were learned, and the base model.
 
-    An entry has `task`, `folder`, `history`, `rank`, `sha256` (`weights_hash` with the config), `similarities` and
-    `soft_coefficients`; of a task in another repository `repo_id` and `revision` too. In format version 1 it has
-    `scale`, which its `sha256` does not have.
+    `sha256` is `weights_hash` with the config; in format version 1 without it, and an entry has `scale`. `unfinished`
+    has the folders that a save which was killed may have left.
     """
 
     tasks: dict[str, dict[str, Any]]
     base_model: str | None = None
+    unfinished: Sequence[str] = ()
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name of a base model if it can be one on the Hub; None for a folder of this machine."""
+    is_id = name is not None and re.fullmatch(rf"{REPO_ID.pattern}|\w[\w.-]*", name) and not os.path.exists(name)
+    return name if is_id else None
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -64,46 +92,52 @@ def read_manifest(folder: Path) -> Manifest | None:
     if content.get("format") != FORMAT:
         raise ChainError(f"{path} was not written by save_chain. Delete or rename it.")
     try:
-        version = int(content["format_version"])
+        version = content["format_version"]
         if version > FORMAT_VERSION:
             raise ChainError(f"{path} has format version {version}. Upgrade with pip install -U peft-aso.")
         tasks = {entry["task"]: dict(entry) for entry in content["tasks"]}
         for task, entry in tasks.items():
             if version < 2:
                 entry.setdefault("scale", None)
-            _check_entry(task, entry, path)
-        base_model = content.get("base_model_name_or_path")
+            _check_types(Entry, {**dict.fromkeys(("folder", "history", "sha256")), **entry}, path)
+            for name in (task, *entry["history"], *({entry["folder"]} - {ROOT})):
+                check_task_name(name, path)
+            pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
+            if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
+                raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
+        base_model, unfinished = content.get("base_model_name_or_path"), content.get("unfinished", [])
+        for name in [] + unfinished:  # a list
+            check_task_name(name, path)
     except ChainError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ChainError(f"{path} is damaged ({type(error).__name__}: {error}). Restore or delete it.") from error
-    return Manifest(tasks, base_model if isinstance(base_model, str) else None)
+    return Manifest(tasks, base_model if isinstance(base_model, str) else None, unfinished)
 
 
-def _check_entry(task: str, entry: Mapping[str, Any], path: Path) -> None:
-    check_task_name(task, path)
-    if entry["folder"] != ROOT:
-        check_task_name(entry["folder"], path)
-    history = entry["history"]
-    if not isinstance(history, list) or not all(isinstance(each, str) for each in (*history, entry["sha256"])):
-        raise TypeError(f"the entry of {task!r}")
-    pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
-    if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
-        raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
+def _check_types(schema: Any, values: Mapping[str, Any], path: Path) -> None:
+    """Raise `ChainError` if a value has another type than the schema, a `TypedDict`, has for it."""
+    try:
+        validate_typed_dict(schema, {name: values[name] for name in schema.__annotations__ if name in values})
+    except StrictDataclassFieldValidationError as error:
+        raise ChainError(f"{path} is damaged: {' '.join(str(error).split())}. Save the adapter again.") from error
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace `chain.json` in one step: a reader finds the old one or the new one, also after a power cut."""
+def write_manifest(folder: Path, manifest: Manifest, stage: Path) -> None:
+    """Replace `chain.json` in one step: a reader finds the old one or the new one, also after a power cut.
+
+    It is written in `stage`, a folder on the same disk.
+    """
     from .. import __version__
 
     content = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "peft_aso_version": __version__,
         "base_model_name_or_path": manifest.base_model, "tasks": list(manifest.tasks.values()),
+        **({"unfinished": manifest.unfinished} if manifest.unfinished else {}),
     }  # fmt: skip
-    with staging(folder) as stage:
-        (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        flush(stage)
-        os.replace(stage / MANIFEST_NAME, folder / MANIFEST_NAME)
+    (stage / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    flush(stage / MANIFEST_NAME, deep=False)
+    os.replace(stage / MANIFEST_NAME, folder / MANIFEST_NAME)
     flush(folder, deep=False)
 
 
@@ -131,15 +165,28 @@ def with_history(tasks: Mapping[str, Sequence[str]], wanted: Sequence[str] | Non
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, which is made; both are gone after an error if it was new."""
+    """A temporary folder inside `folder`, which is made; both are gone after an error if it was new.
+
+    A second process that writes into `folder` waits, where its file system has locks (not on Windows and on NFS).
+    What killed ones have left is removed.
+    """
     if folder.exists() and not folder.is_dir():
         raise ChainError(f"{folder} is a file. Give the name of a folder; it is made if it does not exist.")
-    is_new = not folder.exists()
+    is_new, lock = not folder.exists(), None
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as stage:
             yield Path(stage)
     finally:
+        if lock is not None:
+            os.close(lock)
         if is_new:
             with suppress(OSError):
                 folder.rmdir()  # only if nothing is in it
@@ -197,9 +244,15 @@ class AdapterFile(NamedTuple):
             raise ChainError(f"{path} is truncated or damaged ({error}). {advice}") from error
         if not any(".lora_" in name for name in found):
             raise ChainError(f"{path} holds no LoRA matrices. Save the adapter again.")
+        sizes = {0}
         for name, tensor in found.items():
-            if not is_finite(tensor):
-                raise ChainError(f"{name} in {path} holds NaN or Inf. Use an earlier checkpoint.")
+            is_lora = ".lora_" in name
+            if not is_finite(tensor) or is_lora and tensor.dtype not in _FLOATS:
+                raise ChainError(f"{name} in {path} holds NaN or Inf, or {tensor.dtype}. Use an earlier checkpoint.")
+            sizes.update(tensor.shape if is_lora else ())
+        rank = max(self.config.r, *(self.config.rank_pattern or {}).values(), 0)
+        if rank > max(sizes):  # may not fit into memory
+            raise ChainError(f"{path} has no matrix of rank {rank}, which its config has. Save the adapter again.")
         return found
 
 
@@ -246,7 +299,9 @@ def find_in_folder(folder: Path, tasks: Sequence[str] | None = None) -> list[Pla
         return [Place(place) for place in [*root, *inside]]
     wanted = with_history({task: entry["history"] for task, entry in manifest.tasks.items()}, tasks)
     named = {entry["folder"] for entry in manifest.tasks.values()}
-    others = [place.name for place in inside if place.name not in named and f'"{PEFT_TYPE_NAME}"' in _text_of(place)]
+    unnamed = [place for place in inside if place.name not in named and (place / CONFIG_NAME).is_file()]
+    ours = f'"{PEFT_TYPE_NAME}"'
+    others = [place.name for place in unnamed if ours in (place / CONFIG_NAME).read_text(errors="replace")]
     if others and tasks is None:
         text = f"{folder} holds adapters that its {MANIFEST_NAME} does not name: {', '.join(map(repr, others))}."
         warnings.warn(f"{text} To add them, load a list of all folders and save it with save_chain.", stacklevel=5)
@@ -254,11 +309,6 @@ def find_in_folder(folder: Path, tasks: Sequence[str] | None = None) -> list[Pla
     for each in found:
         _refuse_escape(folder, each.path)
     return found
-
-
-def _text_of(adapter: Path) -> str:
-    config = adapter / CONFIG_NAME
-    return config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
 
 
 def read_adapter(place: Place) -> AdapterFile:
@@ -277,13 +327,18 @@ def read_adapter(place: Place) -> AdapterFile:
         if pickles:
             raise ChainError(f"{path} has a pickle ({pickles[0]}), which can run code. If you trust it, save it anew.")
     regular_file(path, SAFETENSORS_WEIGHTS_NAME)
+    _check_types(AdapterSettings, values, path / CONFIG_NAME)
+    if set(_ORIGIN if values.get("origin") is None else values["origin"]) != _ORIGIN:
+        raise ChainError(f"{path / CONFIG_NAME} has another origin than {sorted(_ORIGIN)}. Save the adapter again.")
+    if values.get("megatron_config"):
+        raise ChainError(f"{path / CONFIG_NAME} names a module to import (megatron_config). Save it without.")
     values.pop("runtime_config", None)  # of the process that saved it; PEFT drops it as well
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
         config = config_class.from_peft_type(**config_class.check_kwargs(**values))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise ChainError(f"{path / CONFIG_NAME} is not a valid config: {error} Save the adapter again.") from error
-    name = getattr(config, "task_name", None) or path.resolve().name
+    name = getattr(config, "task_name", None) or os.path.basename(os.path.realpath(path))
     check_task_name(name, path)
     return AdapterFile(place, name, config)
 
@@ -307,7 +362,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
 def _refuse_escape(folder: Path, path: Path) -> None:
     """Refuse links out of a folder, but for the Hub cache's own (from snapshots/<revision> to blobs)."""
-    root, target = folder.resolve(), path.resolve()
+    root, target = (Path(os.path.realpath(each)) for each in (folder, path))  # a loop of links is no error
     caches = [each.parent.parent / "blobs" for each in (root, *root.parents) if each.parent.name == "snapshots"]
     if not any(target.is_relative_to(allowed) for allowed in (root, *caches)):
         raise ChainError(f"{path} is a link that leads out of its folder. Put the files themselves there.")
@@ -319,6 +374,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ChainError(f"{path} has {path.stat().st_size} bytes, too many for its kind. Save the adapter again.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(values, allow_nan=False, ensure_ascii=False).encode()  # NaN, Inf or half a character: an error
     except (ValueError, RecursionError) as error:
         raise ChainError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(values, dict):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from ..tuner.starts import needs_inputs
 from .callback import ASOCallback, choose_probe, probe_seed
 from .coefficients import is_untrained, require_tuner
 from .init_from_inputs import INPUT_EXAMPLES, initialize_from_inputs
+
+# settings that change what a resumed run computes
+_RESUMED = ("lora_alpha", "use_rslora", "lora_dropout", "penalty", "penalty_weight", "l2_weight", "forward_history")
 
 
 class ASOTrainerMixin:
@@ -229,6 +233,11 @@ class ASOTrainerMixin:
                 f"The checkpoint {resume_from_checkpoint} was trained on top of other weights of its history "
                 f"{own.history} than the model holds. Load the history that it was trained on, or start the task anew."
             )
+        then, now = saved.to_dict(), own.to_dict()
+        changed = [f"{name} was {then[name]!r} and is {now[name]!r}" for name in _RESUMED if then[name] != now[name]]
+        if changed:
+            text = f"The run goes on with other settings than {resume_from_checkpoint} has: {', '.join(changed)}."
+            warnings.warn(text, stacklevel=2)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         if tuner.history and saved.soft_coefficients:
             own.attribution_layout = saved.attribution_layout

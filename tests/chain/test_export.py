@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from peft_aso import ChainError, HistoryError, MissingHistoryError, export_lora, export_merged, save_chain
 from peft_aso.chain.export import exact_targets
 from peft_aso.tuner.low_rank import MERGES, LowRank, register_merge, sum_updates
-from tests.chain.chains import TASK_TYPES, add, content, logits, make_chain
+from tests.chain.chains import TASK_TYPES, add, at_call, content, logits, make_chain
 from tests.tiny_models import tiny, tiny_batch
 
 Tasks = dict[str, dict[str, Any]]
@@ -284,6 +285,56 @@ def test_folders_of_somebody_else(tmp_path: Path, export: Any) -> None:
     (tmp_path / "notes" / "README.md").write_text("# Mine")
     export(model, tmp_path / "notes")
     assert (tmp_path / "notes" / "README.md").read_text() == "# Mine"
+
+
+def test_no_shard_of_an_earlier_export_is_read(tmp_path: Path) -> None:
+    """One file and then shards, which transformers reads only where there is no `model.safetensors`; and back."""
+    for number, size in enumerate(("5GB", "20KB", "10KB", "5GB")):
+        model = make_chain(seed=number)
+        folder = export_merged(model, tmp_path, max_shard_size=size)
+        names = {path.name for path in folder.glob("*.safetensors*")}
+        index = folder / "model.safetensors.index.json"
+        used = {*json.loads(index.read_text())["weight_map"].values(), index.name} if index.exists() else names
+        assert names == used and (names == {"model.safetensors"}) == (size == "5GB")
+        found = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(logits(found), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@EXPORTS
+def test_the_base_model_is_not_overwritten(tmp_path: Path, export: Any) -> None:
+    """Also if it is itself an export, which another export may replace."""
+    export_merged(make_chain(seed=5), tmp_path / "base")
+    before = content(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = add(base, "first", r=2, task_type="CAUSAL_LM")
+    (tmp_path / "link").symlink_to("base")
+    for name in ("base", "link"):
+        with pytest.raises(ChainError, match="holds the base model"):
+            export(model, tmp_path / name)
+    assert content(tmp_path / "base") == before
+
+
+@EXPORTS
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_killed_export_is_none_or_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Any, call: int
+) -> None:
+    old, new = make_chain(tasks={"a": {"target_modules": ["q_proj"]}}), make_chain(seed=2)
+    folder = export(old, tmp_path / "served")
+    child = os.fork()
+    if child == 0:
+        try:
+            at_call(monkeypatch, "os.replace", call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            export(new, folder)
+        finally:
+            os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    read = load_stock if export is export_lora else AutoModelForCausalLM.from_pretrained
+    with pytest.raises((ValueError, OSError)):  # no config
+        read(folder)
+    export(new, folder)
+    torch.testing.assert_close(logits(read(folder)), logits(new), rtol=1e-4, atol=1e-4)
+    assert not list(folder.glob(".*"))
 
 
 @EXPORTS

@@ -18,7 +18,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_aso import ASOLoraConfig, ChainError, load_chain, load_history, save_chain, update_task
+from peft_aso import (
+    ASOLoraConfig,
+    ChainError,
+    HistoryError,
+    export_merged,
+    load_chain,
+    load_history,
+    save_chain,
+    update_task,
+)
 from tests.chain.chains import (
     add,
     at_call,
@@ -33,6 +42,7 @@ from tests.chain.chains import (
 )
 from tests.chain.test_files import check_refused
 from tests.tiny_models import tiny
+from tests.training.tools import QUICK, train
 
 DATA = Path(__file__).parents[1] / "data"
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -54,6 +64,54 @@ def test_loaded_is_saved(own_saving: bool, tmp_path: Path) -> None:
         model.set_adapter(task)
         loaded.set_adapter(task)
         assert torch.equal(logits(loaded), logits(model))
+
+
+def test_tasks_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    """The first two tasks are trained again, into the folder that has the third one of the first run."""
+    make_chain(seed=1).save_pretrained(str(tmp_path))
+    make_chain(tasks={"first": {}, "second": {}}, seed=2).save_pretrained(str(tmp_path))
+    check_refused(tmp_path, "'third' was trained on top of 'first' with the sha256")
+    model = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "first"), adapter_name="first")
+    model.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    with pytest.raises(HistoryError, match="'third' was trained on top of other weights of 'first'"):
+        model.load_adapter(str(tmp_path / "third"), adapter_name="third")
+    assert list(model.peft_config) == ["first", "second"]
+    edit(tmp_path / "first", dict(lora_alpha=12))  # the weights are the same, the scale is not
+    with pytest.raises(HistoryError, match="'second' was trained on top of other weights of 'first'"):
+        model = PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "first"), adapter_name="first")
+        model.load_adapter(str(tmp_path / "second"), adapter_name="second")
+
+
+def test_the_folders_of_trainers_are_a_chain_and_changed_settings_are_named(tmp_path: Path) -> None:
+    """One `save_model` a task, as a script for each task writes them; then the first one is trained again."""
+
+    def run(task: str, number: int, **options: Any) -> Any:
+        values = {"attribution": QUICK, **options}
+        if task == "second":
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                model = load_chain(tiny("llama"), [tmp_path / "first"])
+            add(model, task, **settings(**values))
+        else:
+            model = make_chain(tasks={task: values}, seed=number)
+        model.train()
+        train(model, tmp_path / task, max_steps=2, save_strategy="steps", save_steps=1).save_model()
+        return model.eval()
+
+    run("first", 1)
+    model = run("second", 1, penalty_weight=0.5)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    assert torch.equal(logits(load_chain(tiny("llama"), folders)), logits(model))
+    other = load_chain(tiny("llama"), folders[:1])
+    add(other, "second", **settings(attribution=QUICK, lora_alpha=7, penalty="l1", penalty_weight=0.25))
+    changes = "lora_alpha was 6 and is 7.*penalty was 'squared' and is 'l1'.*penalty_weight was 0.5 and is 0.25"
+    with pytest.warns(UserWarning, match=changes):
+        train(other.train(), tmp_path / "second", max_steps=3, resume=str(tmp_path / "second" / "checkpoint-1"))
+    run("first", 2)
+    check_refused(folders, "'second' was trained on top of 'first' with the sha256")
+    other = add(load_chain(tiny("llama"), folders[:1]), "second", **settings(attribution=QUICK, penalty_weight=0.5))
+    with pytest.raises(ValueError, match="other weights of its history"):
+        train(other.train(), tmp_path / "second", resume=str(tmp_path / "second" / "checkpoint-1"))
 
 
 CHOICES: dict[str, list[list[str]]] = {
@@ -237,11 +295,11 @@ def test_base_weights_in_the_file(tmp_path: Path) -> None:
     check_refused(tmp_path, "resize_token_embeddings")
 
 
-def resized(tmp_path: Path) -> Any:
-    """Six tokens more than the base model in the folder has."""
-    tiny("llama").save_pretrained(tmp_path / "base")
+def resized(tmp_path: Path, seed: int = 3, **config: Any) -> Any:
+    """Six tokens more than the base model in the folder has, with random values."""
+    tiny("llama", **config).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     model.resize_token_embeddings(model.config.vocab_size + 6, mean_resizing=False)
     return model
 
@@ -265,6 +323,42 @@ def test_new_tokens_and_heads(tmp_path: Path, heads: list[str] | None) -> None:
     save_chain(newer, tmp_path / "newer")
     update_task(loaded, "first", tmp_path / "newer")
     assert torch.equal(logits(loaded), logits(newer))
+
+
+@pytest.mark.parametrize(("tied", "targets"), [(True, "q_proj"), (False, "q_proj"), (True, "embed_tokens")])
+def test_new_tokens_have_the_values_that_were_trained_with(tmp_path: Path, tied: bool, targets: str) -> None:
+    """Each call of `resize_token_embeddings` draws others; stock PEFT loads those of the file as well."""
+
+    def base(seed: int = 3) -> Any:
+        return resized(tmp_path, seed, tie_word_embeddings=tied)
+
+    def of_new_tokens(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(torch.tensor([[3, 5, 66, 69]])).logits
+
+    model = base()
+    for task in ("first", "second", "third"):
+        model = add(model, task, **settings(target_modules=[targets, "v_proj"]))
+        model.peft_config[task].base_model_name_or_path = model.peft_config["first"].base_model_name_or_path
+    folder = save_chain(model, tmp_path / "chain")
+    assert (of_new_tokens(base(4)) - of_new_tokens(base())).abs().max() > 0.01, "what this test is about"
+    assert torch.equal(of_new_tokens(load_chain(base(4), folder)), of_new_tokens(model))
+    merged = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "merged"))
+    torch.testing.assert_close(of_new_tokens(merged), of_new_tokens(model), atol=1e-4, rtol=1e-4)
+    stock = get_peft_model(base(), LoraConfig(**settings(target_modules=[targets, "v_proj"])))
+    stock.save_pretrained(tmp_path / "stock")
+    assert torch.equal(of_new_tokens(PeftModel.from_pretrained(base(4), tmp_path / "stock")), of_new_tokens(stock))
+    with pytest.raises(ChainError, match="resize_token_embeddings"):
+        load_chain(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
+    (folder / "chain.json").unlink()
+    for task, row in (("second", -1), ("first", 0)):  # the tasks share the new tokens, and the old ones are the base's
+        edit(
+            folder / task, lambda weights, row=row: weights[min(key for key in weights if "embed" in key)][row].add_(1)
+        )
+        check_refused(folder, f"'{task}' .* has another .*embed.* than the base model", base(4))
+        edit(
+            folder / task, lambda weights, row=row: weights[min(key for key in weights if "embed" in key)][row].sub_(1)
+        )
 
 
 def test_a_head_that_is_tied_to_an_embedding(tmp_path: Path) -> None:

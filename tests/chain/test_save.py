@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
+import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from peft_aso import ChainError, remove_task, save_chain
+from peft_aso import ChainError, export_lora, export_merged, remove_task, save_chain
 from peft_aso.tuner.model import weights_hash
 from tests.chain.chains import (
     add,
@@ -41,7 +47,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     model.base_model.set_soft_coefficients({"first": 0.25, "second": 0.5}, similarities={"first": 0.75, "second": 0.5})
     folder = save_chain(model, tmp_path / "chain")
     assert folder == tmp_path / "chain"
-    assert sorted(os.listdir(folder)) == ["chain.json", "first", "second", "third"]
+    assert sorted(os.listdir(folder)) == ["README.md", "chain.json", "first", "second", "third"]
     written = json.loads((folder / "chain.json").read_text())
     assert (written["format"], written["format_version"], "unfinished" in written) == ("peft_aso chain", 2, False)
     found = entries(folder)
@@ -126,7 +132,7 @@ def test_tasks_are_not_lost_by_surprise(tmp_path: Path) -> None:
     same_logits(load(tmp_path), longer)
     other = make_chain(tasks={"mood": {}})
     save_chain(other, tmp_path, overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == ["chain.json", "mood"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "chain.json", "mood"]
     (tmp_path / "chain.json").write_text("{")
     with pytest.raises(ChainError, match="not valid JSON.*overwrite=True"):
         save_chain(other, tmp_path)
@@ -152,9 +158,10 @@ def test_what_chain_json_does_not_name_is_left_out_by_name(tmp_path: Path) -> No
 
 STEPS: dict[str, tuple[str, int]] = {
     **{f"the weights of task {n}": ("peft.peft_model.safe_save_file", n) for n in (1, 2, 3)},
-    "chain.json": ("os.replace", 1),
+    **{f"chain.json, {n}": ("os.replace", n) for n in (1, 2, 3)},
+    "README.md": ("os.replace", 4),
     **{f"into place, {n}": ("os.rename", n) for n in (1, 2, 3)},
-    "removing": ("shutil.rmtree", 5),
+    **{f"removing, {n}": ("shutil.rmtree", 3 + n) for n in (1, 2, 3)},
 }
 
 
@@ -185,12 +192,12 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_f
         except ChainError as error:
             assert "no adapter in" in str(error) or "no task to load" in str(error)
     save_chain(new, folder)
-    used = {"chain.json", *(entry["folder"] for entry in entries(folder).values())}
-    assert used == set(os.listdir(folder)) or step == "removing", "what the killed save wrote is used now"
+    used = {"README.md", "chain.json", *(entry["folder"] for entry in entries(folder).values())}
+    assert used == set(os.listdir(folder)), "what the killed save has left is used or removed"
     same_logits(load(folder), new)
 
 
-@pytest.mark.parametrize("step", ["the weights of task 2", "into place, 2", "chain.json"])
+@pytest.mark.parametrize("step", ["the weights of task 2", "into place, 2", "chain.json, 1", "chain.json, 2"])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     folder, old, new = tmp_path / "chain", make_chain(seed=1), make_chain(seed=2)
     save_chain(old, folder)
@@ -201,6 +208,135 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str)
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
     save_chain(new, folder)
     same_logits(load(folder), new)
+
+
+def in_a_process(function: Callable[[], object]) -> int:
+    """Start a process that calls the function; its number. It ends with 0 if there was no error."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_killed_at_any_time(tmp_path: Path) -> None:
+    """Twenty kills, each at a random time during a save (of about 50 ms) of one of two chains over the other."""
+    folder, chains = tmp_path / "chain", [make_chain(seed=seed) for seed in (1, 2)]
+    save_chain(chains[0], folder)
+    expected = [logits(chain) for chain in chains]
+    for number in range(20):
+        child = in_a_process(lambda number=number: save_chain(chains[(number + 1) % 2], folder))
+        time.sleep(random.random() * 0.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not name")
+            found = logits(load(folder))
+        assert any(torch.equal(found, each) for each in expected)
+    save_chain(chains[0], folder)
+    used = {"README.md", "chain.json", *(entry["folder"] for entry in entries(folder).values())}
+    assert set(os.listdir(folder)) == used, "nothing that killed saves have left"
+
+
+def test_two_savers_at_once(tmp_path: Path) -> None:
+    folder, chains = tmp_path / "chain", [make_chain(seed=seed) for seed in (1, 2)]
+    children = [in_a_process(lambda chain=chain: [save_chain(chain, folder) for _ in range(5)]) for chain in chains]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    found = logits(load(folder))
+    assert any(torch.equal(found, logits(chain)) for chain in chains)
+    used = {"README.md", "chain.json", *(entry["folder"] for entry in entries(folder).values())}
+    assert set(os.listdir(folder)) == used
+
+
+def test_saving_happens_inside_the_folder() -> None:
+    """In a folder that cannot be renamed or removed, as a mount point cannot: its parent is not writable."""
+    model = make_chain()
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)  # on the way to the folders, for the user `nobody`
+        folders = {name: Path(root, "parent", name) for name in ("chain", "lora", "merged")}
+        for name, place in folders.items():
+            place.mkdir(parents=True)
+            (place / "mine.txt").write_text(name)
+        writers = {"chain": save_chain, "lora": export_lora, "merged": export_merged}
+        for number in range(2):  # new, and over what is there
+            for name, write in writers.items():
+                if number == 0:
+                    write(model, Path(root, "warm", name))  # imports what it needs, while it can
+            os.chmod(Path(root, "parent"), 0o555)
+            for path in [path for place in folders.values() for path in (place, *place.rglob("*"))]:
+                if os.geteuid() == 0:
+                    os.chown(path, 65534, 65534)
+
+            def write_all() -> None:
+                if os.geteuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                with pytest.raises(OSError):
+                    Path(root, "parent", "another").mkdir()
+                for name, write in writers.items():
+                    write(model, folders[name])
+
+            assert os.waitpid(in_a_process(write_all), 0)[1] == 0
+        os.chmod(Path(root, "parent"), 0o755)
+        same_logits(load(folders["chain"]), model)
+        same_logits(PeftModel.from_pretrained(tiny("llama"), folders["lora"]).eval(), model)
+        merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
+        torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+        assert [(place / "mine.txt").read_text() for place in folders.values()] == list(folders)
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+@pytest.mark.parametrize("write", [save_chain, export_lora, export_merged])
+def test_into_the_working_directory_or_above(tmp_path: Path, monkeypatch: Any, place: str, write: Any) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    before = os.stat(".")
+    for _ in range(2):
+        write(make_chain(), place)
+    assert Path.cwd() == tmp_path / "a" / "b" and os.path.samestat(os.stat(Path.cwd()), before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can save into a folder of somebody else")
+def test_a_save_by_root_leaves_the_owners(tmp_path: Path) -> None:
+    model = make_chain()
+    save_chain(model, tmp_path)
+    paths = [tmp_path, *(path for path in tmp_path.rglob("*") if path.name not in ("chain.json", "README.md"))]
+    for path in paths:
+        os.chown(path, 1234, 1234)
+    save_chain(add(model, "fourth", **settings()), tmp_path)
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in paths} == {(1234, 1234)}
+
+
+def test_the_readme_says_how_to_load_the_chain(tmp_path: Path) -> None:
+    """With the class of the base model, and never with a path of this machine, which the Hub refuses."""
+    for architecture, kind, loader in (
+        ("llama", "CAUSAL_LM", "AutoModelForCausalLM"),
+        ("t5", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        ("t5", None, "T5ForConditionalGeneration"),
+        ("bert", "SEQ_CLS", "AutoModelForSequenceClassification"),
+    ):
+        for base, named in (("somebody/base", True), ("t5-small", True), (str(tmp_path), False)):
+            model = make_chain(architecture, {"first": {"task_type": kind}, "second": {"task_type": kind}})
+            model.base_model.set_soft_coefficients({"first": 0.5}, similarities={"first": 0.5})
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = base
+            folder = save_chain(model, tmp_path / f"{architecture}-{kind}-{named}-{len(base)}")
+            text = (folder / "README.md").read_text()
+            assert "pip install peft-aso" in text and "KeyError: 'ASO_LORA'" in text and "first (0.50)" in text
+            code = text.split("```python")[1].split("```")[0]
+            assert f"from transformers import {loader}\n" in code and f'load_chain({loader}.from_pretrained("' in code
+            assert (f"base_model: {base}" in text) == named == (base in text)
+            assert (f'task_type="{kind}"' in code) == (kind is not None)
+    save_chain(add(model, "third", **settings("bert")), folder)
+    text = (folder / "README.md").read_text()
+    assert "3 tasks" in text
+    (folder / "README.md").write_text(re.sub("<!--.*-->", "Mine.", text))
+    save_chain(add(model, "fourth", **settings("bert")), folder)
+    assert "3 tasks" in (folder / "README.md").read_text() and "Mine." in (folder / "README.md").read_text()
 
 
 @pytest.fixture
