@@ -101,7 +101,8 @@ class ASOTrainerMixin:
         labels = inputs.get("labels")
         if not model.training or total is None or labels is None or self.args.n_gpu > 1:
             return None, total
-        if self._loss_counts_items or self.compute_loss_func is not None or self.loss_is_scaled_for_ga is not None:
+        own = self.compute_loss_func is not None or getattr(self, "loss_is_scaled_for_ga", None) is not None
+        if self._loss_counts_items or own:
             return None, total
         if self.current_gradient_accumulation_steps * self.accelerator.num_processes == 1:
             return None, total
@@ -115,7 +116,7 @@ class ASOTrainerMixin:
         tuner = self.tuner
         config = tuner.peft_config[tuner.current_task]
         steps = self.current_gradient_accumulation_steps
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.0 has none
         if scaled is None:  # as `Trainer.training_step`, which divides the loss by the steps where it is not scaled
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None
