@@ -88,6 +88,11 @@ class ASOTrainerMixin:
         if share is not None:
             loss = loss * share
         if model.training:
+            if not loss.requires_grad:  # the penalty has a gradient, and would be all that is trained
+                raise ValueError(
+                    "The loss has no gradient. With gradient_checkpointing and transformers 4, set "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False} in the training arguments.'
+                )
             loss = self._with_penalty(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
