@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from peft_aso import load_chain
+from tests.test_sharding import needs_fsdp2
 from tests.tiny_models import tiny
 from tests.training.tools import tokenizer
 
@@ -37,7 +38,12 @@ def run(folder: Path, processes: int, *command: str) -> None:
 
 @pytest.mark.parametrize(
     ("way", "start"),
-    [("ddp", ""), ("fsdp2", ""), ("fsdp2", "inputs"), pytest.param("zero2", "", marks=needs_deepspeed)],
+    [
+        ("ddp", ""),
+        pytest.param("fsdp2", "", marks=needs_fsdp2),
+        pytest.param("fsdp2", "inputs", marks=needs_fsdp2),
+        pytest.param("zero2", "", marks=needs_deepspeed),
+    ],
 )
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, way: str, start: str) -> None:
     for processes in (1, 2):
