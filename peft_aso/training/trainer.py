@@ -41,10 +41,10 @@ class ASOTrainerMixin:
 
     Raises:
         ValueError: on construction: no ASO-LoRA adapter, the active task is the history of another and therefore
-            frozen, the adapters are merged or disabled, or DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine). From
-            `train`, before the first step: attribution cannot read the training data, and psi or `source="stored"`
-            needs it (a warning where neither does); the optimizer was made for another task; the checkpoint to resume
-            from is of another task or history.
+            frozen, the adapters are merged or disabled, or DeepSpeed's ZeRO-3 or FSDP1 (ZeRO-2 and FSDP2 are fine).
+            From `train`, before the first step: attribution cannot read the training data, and psi or
+            `source="stored"` needs it (a warning where neither does); the optimizer was made for another task; the
+            checkpoint to resume from is of another task or history.
         MissingHistoryError: on construction: a task of the history is not loaded.
         HistoryError: on construction: an earlier task shares no module with the current one.
     """
@@ -60,6 +60,11 @@ class ASOTrainerMixin:
             raise ValueError(
                 "DeepSpeed's ZeRO-3 takes the weights apart, and the penalty and the attribution read them outside of "
                 "the forward pass. Use ZeRO-2 or FSDP2, which shards the weights too (docs/distributed.md)."
+            )
+        if getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+            raise ValueError(
+                "FSDP1 flattens the weights, and the penalty and the attribution read them one by one. Use FSDP2: "
+                '"version": 2 in fsdp_config, with transformers 5.20 or newer (docs/distributed.md).'
             )
         self._coefficient_callback = ASOCallback()
         self.add_callback(self._coefficient_callback)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import BertForQuestionAnswering, BertForTokenClassification, Trainer, TrainerCallback
@@ -158,6 +160,12 @@ def test_a_loss_without_a_gradient_is_refused_since_the_penalty_alone_would_be_t
 
     with pytest.raises(ValueError, match="no gradient.*use_reentrant"):
         train(chain(), tmp_path, kind=type("Own", (ASOTrainerMixin, Detached), {}))
+
+
+def test_fsdp1_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=1), raising=False)
+    with pytest.raises(ValueError, match="FSDP1 flattens the weights"):
+        train(chain(), tmp_path)
 
 
 @pytest.mark.parametrize("head", [BertForTokenClassification, BertForQuestionAnswering])
