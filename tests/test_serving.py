@@ -81,6 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
         sys.path.pop(0)
     folder = tmp_path_factory.mktemp("served")
     base, tokenizer = load_model("smollm2")
+    del base.config.quantization_config  # GGUF's, of the file; the weights are in float32, and converters read them
     config = ASOLoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "down_proj"])
     model = get_peft_model(base, config, adapter_name="one").eval()
     export_merged(model, folder / "base", tokenizer=tokenizer)  # B is zero
@@ -108,23 +109,28 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     return folder, found
 
 
-@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="needs llama.cpp's converters and llama-cpp-python")
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="needs llama.cpp's converters and xllamacpp")
 @pytest.mark.parametrize("way", ["merged", "lora"])
 def test_llama_cpp_answers_as_transformers_does(exported: tuple[Path, list[str]], way: str) -> None:
-    from llama_cpp import Llama
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 
     folder, expected = exported
-    base = "merged" if way == "merged" else "base"
-    commands = [("convert_hf_to_gguf.py", base)]
+    commands = [("convert_hf_to_gguf.py", "merged")]
     if way == "lora":
-        commands.append(("convert_lora_to_gguf.py", "--base", "base", "lora"))
+        commands = [("convert_hf_to_gguf.py", "base"), ("convert_lora_to_gguf.py", "--base", "base", "lora")]
     for script, *arguments in commands:
         convert = [sys.executable, str(Path(os.environ["LLAMA_CPP"], script).resolve()), *arguments]
         subprocess.run([*convert, "--outfile", f"{arguments[-1]}.gguf", "--outtype", "f32"], cwd=folder, check=True)
-    adapter = {"lora_path": str(folder / "lora.gguf")} if way == "lora" else {}
-    server = Llama(str(folder / f"{base}.gguf"), n_ctx=128, verbose=False, **adapter)
-    found = [server(prompt, max_tokens=TOKENS, temperature=0)["choices"][0]["text"] for prompt in PROMPTS]
-    assert found == expected
+    settings = CommonParams()
+    settings.model.path, settings.n_ctx = str(folder / f"{commands[0][1]}.gguf"), 512
+    if way == "lora":
+        adapter = CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = str(folder / "lora.gguf"), 1.0
+        settings.lora_adapters = [adapter]
+    server = Server(settings)
+    for prompt, answer in zip(PROMPTS, expected, strict=True):
+        found = server.handle_completions({"prompt": prompt, "n_predict": TOKENS, "temperature": 0})
+        assert found["choices"][0]["text"] == answer
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
