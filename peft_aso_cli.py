@@ -119,7 +119,7 @@ def merge(
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):  # the base model has none
+    except (OSError, ValueError, ImportError):  # the base model has none; ImportError in transformers 4
         tokenizer = None
     kind = None if dtype is None else getattr(torch, dtype)
     return _written(export_merged(model, out, tasks=names, dtype=kind, tokenizer=tokenizer))

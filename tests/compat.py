@@ -19,13 +19,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import tomllib
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "compat.json"
 SHOWN = ("torch", "transformers", "peft", "accelerate", "trl")
-OLDEST = "torch==2.13.0 transformers==5.20.0 peft==0.21.2 accelerate==1.14.0 huggingface_hub==1.31.0 trl==1.14.0"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+OLDEST = [each.replace(">=", "==") for each in (*PROJECT["dependencies"], *EXTRAS["plots"], *EXTRAS["trl"])]
 # name -> Python, and what is installed besides the tests' own packages
 ENVIRONMENTS: dict[str, tuple[str, list[str]]] = {
-    "oldest": ("3.11", OLDEST.split()),
+    "oldest": ("3.10", sorted(OLDEST, key=lambda each: not each.startswith("torch"))),
+    "transformers 5.0": ("3.11", ["torch==2.13.0", "transformers==5.0.0", "peft", "accelerate==1.10.1", "trl==1.0.0"]),
+    "transformers 5.20": (
+        "3.11",
+        ["torch==2.13.0", "transformers==5.20.0", "peft", "accelerate==1.14.0", "huggingface_hub==1.31.0"]
+        + ["trl==1.14.0"],
+    ),
     "3.10": ("3.10", ["torch", "transformers<5.22", "peft", "accelerate", "trl"]),
     "3.11": ("3.11", ["torch==2.13.0", "--constraint", str(ROOT / "constraints.txt"), *SHOWN[1:]]),
     **{version: (version, list(SHOWN)) for version in ("3.12", "3.13", "3.14")},

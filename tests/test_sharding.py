@@ -11,6 +11,7 @@ from torch import nn
 from peft_aso.sharding import full_tensor, gathered, is_sharded, may_shard
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+needs_fsdp2 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6's FSDP2 needs a GPU")
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def test_without_sharding_nothing_happens() -> None:
     assert full_tensor(model.weight) is model.weight and not is_sharded(model.weight)
 
 
+@needs_fsdp2
 def test_weights_are_complete_inside_and_as_before_outside(group: None) -> None:
     model = sharded()
     x = torch.randn(3, 4)
@@ -69,6 +71,7 @@ def test_a_tied_weight_stays_one_and_gradients_of_a_full_tensor_reach_the_shard(
     torch.testing.assert_close(full_tensor(weight.grad), 2 * full_tensor(weight).detach())
 
 
+@needs_fsdp2
 def test_hooks_of_others_stay_and_keep_their_order(group: None) -> None:
     model, seen = sharded(), []
     model[0].register_forward_pre_hook(lambda *_: seen.append("first"), prepend=True)

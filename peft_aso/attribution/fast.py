@@ -331,8 +331,8 @@ class FastEngine:
                     for place, layer in enumerate(layers)
                 ]
             values, log_scale, taken = integrate(gradients, Samples.cat(parts), weights, config)
-            for layer, *of_layer in zip(layers, values.split(size), log_scale.split(size), strict=True):
-                scores[layer.name] = LayerScores(*of_layer, taken)
+            for layer, value, scale in zip(layers, values.split(size), log_scale.split(size), strict=True):
+                scores[layer.name] = LayerScores(value, scale, taken)
             if bar is not None:
                 bar.update(len(pairs))
         return scores

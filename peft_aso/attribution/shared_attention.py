@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -123,7 +123,7 @@ class PrefixLayer(CacheLayerMixin):
     def values(self) -> torch.Tensor | None:
         return self.prefix[1] if self.rows is None or self.shared else self.rows.take(self.prefix[1])
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, *states: torch.Tensor) -> None:
         """Nothing to prepare."""
 
     def update(
@@ -137,11 +137,13 @@ class PrefixLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return 0 if self.prefix[0] is None else self.prefix[0].shape[-2]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:  # transformers 5.0 gives the positions
+        return self.get_seq_length() + (query if isinstance(query, int) else len(query)), 0
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 5.0
 
 
 def prefix_cache(cache: Cache, rows: Rows, shared: bool) -> Cache:
@@ -169,7 +171,7 @@ def shared_prefixes(model: nn.Module) -> Iterator[None]:
         SharingUnsupported: a prefix was left over.
     """
     configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    own = [(c, c._attn_implementation_internal) for c in configs.values() if isinstance(c, PreTrainedConfig)]
+    own = [(c, c._attn_implementation_internal) for c in configs.values() if isinstance(c, PretrainedConfig)]
     pending: list[tuple[PrefixLayer, bool]] = []
     token = _pending.set(pending)
     try:

@@ -45,10 +45,10 @@ class ASOTrainerMixin:
 
     Raises:
         ValueError: on construction: no ASO-LoRA adapter, the active task is the history of another and therefore
-            frozen, the adapters are merged or disabled, or DeepSpeed's ZeRO-3 (ZeRO-2 and FSDP2 are fine). From
-            `train`, before the first step: attribution cannot read the training data, and psi or `source="stored"`
-            needs it (a warning where neither does); the optimizer was made for another task; the checkpoint to resume
-            from is of another task or history.
+            frozen, the adapters are merged or disabled, or DeepSpeed's ZeRO-3 or FSDP1 (ZeRO-2 and FSDP2 are fine).
+            From `train`, before the first step: attribution cannot read the training data, and psi or
+            `source="stored"` needs it (a warning where neither does); the optimizer was made for another task; the
+            checkpoint to resume from is of another task or history.
         MissingHistoryError: on construction: a task of the history is not loaded.
         HistoryError: on construction: an earlier task shares no module with the current one.
     """
@@ -64,6 +64,11 @@ class ASOTrainerMixin:
             raise ValueError(
                 "DeepSpeed's ZeRO-3 takes the weights apart, and the penalty and the attribution read them outside of "
                 "the forward pass. Use ZeRO-2 or FSDP2, which shards the weights too (docs/distributed.md)."
+            )
+        if getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+            raise ValueError(
+                "FSDP1 flattens the weights, and the penalty and the attribution read them one by one. Use FSDP2: "
+                '"version": 2 in fsdp_config, with transformers 5.20 or newer (docs/distributed.md).'
             )
         self._coefficient_callback = ASOCallback()
         self.add_callback(self._coefficient_callback)
@@ -92,6 +97,11 @@ class ASOTrainerMixin:
         if share is not None:
             loss = loss * share
         if model.training:
+            if not loss.requires_grad:  # the penalty has a gradient, and would be all that is trained
+                raise ValueError(
+                    "The loss has no gradient. With gradient_checkpointing and transformers 4, set "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False} in the training arguments.'
+                )
             loss = self._with_penalty(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -105,7 +115,8 @@ class ASOTrainerMixin:
         labels = inputs.get("labels")
         if not model.training or total is None or labels is None or self.args.n_gpu > 1:
             return None, total
-        if self._loss_counts_items or self.compute_loss_func is not None or self.loss_is_scaled_for_ga is not None:
+        own = self.compute_loss_func is not None or getattr(self, "loss_is_scaled_for_ga", None) is not None
+        if self._loss_counts_items or own:
             return None, total
         if self.current_gradient_accumulation_steps * self.accelerator.num_processes == 1:
             return None, total
@@ -119,7 +130,7 @@ class ASOTrainerMixin:
         tuner = self.tuner
         config = tuner.peft_config[tuner.current_task]
         steps = self.current_gradient_accumulation_steps
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.0 has none
         if scaled is None:  # as `Trainer.training_step`, which divides the loss by the steps where it is not scaled
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None

@@ -203,7 +203,7 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def half_autocast(device_type: str) -> torch.dtype | None:
     """The half precision of autocast at the moment, or None."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # "meta" has no autocast
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return dtype if dtype in _HALF else None

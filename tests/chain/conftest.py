@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, file_download, hf_api, utils
 from transformers.utils import hub as transformers_hub
 
 from tests.chain.chains import make_chain
@@ -29,6 +29,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # made when it was imported
     monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached once it was made
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    if hasattr(utils, "reset_sessions"):  # before huggingface_hub 1
+        utils.reset_sessions()  # a session stays offline
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     yield server
     server.shutdown()
     server.server_close()
