@@ -81,7 +81,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
         sys.path.pop(0)
     folder = tmp_path_factory.mktemp("served")
     base, tokenizer = load_model("smollm2")
-    del base.config.quantization_config  # GGUF's, of the file; the weights are in float32, and converters read them
     config = ASOLoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "down_proj"])
     model = get_peft_model(base, config, adapter_name="one").eval()
     export_merged(model, folder / "base", tokenizer=tokenizer)  # B is zero

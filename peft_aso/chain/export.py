@@ -303,6 +303,7 @@ def _merged_weights(tuner: ASOLoraModel, names: Sequence[str], dtype: torch.dtyp
 def _model_with(base: Any, weights: dict[str, torch.Tensor]) -> Any:
     """A model of the base's class with these weights, which are not copied."""
     config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)  # of the file that the base was read from, as GGUF's
     tied: dict[int, torch.Tensor] = {}
     for name, tensor in base_weights(base).items():
         if not torch.equal(tied.setdefault(id(tensor), weights[name]), weights[name]):

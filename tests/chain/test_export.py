@@ -200,10 +200,12 @@ def test_target_modules_match_just_the_wanted_modules() -> None:
 @pytest.mark.parametrize("architecture", TASK_TYPES)
 def test_a_merged_model_has_the_logits_of_the_chain(tmp_path: Path, architecture: str) -> None:
     model = make_chain(architecture)
+    model.config.quantization_config = {"quant_method": "gguf"}  # of the file that the base was read from
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for tasks, running in ((None, model.base_model.through("third")), (["third"], model.base_model.only("third"))):
         folder = export_merged(model, tmp_path / "out", tasks=tasks, max_shard_size="20KB" if tasks is None else "5GB")
         assert (len(list(folder.glob("*.safetensors*"))) > 1) == (tasks is None), "shards of an earlier export go"
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
         with running:
             found = type(tiny(architecture)).from_pretrained(folder)
             torch.testing.assert_close(logits(found), logits(model), atol=1e-4, rtol=1e-4)

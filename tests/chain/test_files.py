@@ -77,7 +77,7 @@ HARM: list[tuple[Spoil | str | dict[str, Any], str]] = [
     (dict(peft_type="IA3"), "peft_type 'IA3'"),
     (dict(peft_type=["LORA"]), "peft_type"),
     (dict(penalty="cubed"), "not a valid config.*cubed"),
-    (dict(history="first"), "not a valid config.*list of task names"),
+    (dict(history="first"), r"not a valid config.*list\[str\]"),
     (dict(r=0, history_hashes=None), "its config is wrong.*third"),
     *((dict(r=r), "third.*is damaged.*'r' expected int") for r in ("2", None, True, 2.0)),
     (dict(r=10**9), "no matrix of rank 1000000000"),

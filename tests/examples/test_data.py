@@ -170,7 +170,6 @@ def test_a_folder_that_cannot_be_read_is_named_with_the_line(
     ("arguments", "message"),
     [
         (["--data", "data", "--tasks", "reply,mod"], "There is no task 'mod' in data. There are: reply."),
-        (["--data", "data", "--tasks", "reply, reply"], "There is no task ' reply' in data. There are: reply."),
         (["--data", "dtaa", "--tasks", "reply"], "There is no folder dtaa"),
         (["--data", "dtaa"], "There is no folder dtaa"),
         (["--data", "."], "has no task: a folder with labels.json"),
