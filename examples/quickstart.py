@@ -41,6 +41,7 @@ from peft_aso.metrics import average_accuracy, backward_transfer, forgetting
 
 SINGLE, CHAIN = "one adapter for all tasks", "chain of adapters"
 Stages = list[list[str]]  # after each stage what `test` returns
+STAR = {"color": "#009E73", "marker": "*", "ms": 11, "ls": "", "clip_on": False}
 LINES = {SINGLE: {"color": "#D55E00", "marker": "s", "ls": "--"}, CHAIN: {"color": "#0072B2", "marker": "o"}}
 
 
@@ -94,6 +95,16 @@ def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argpa
     return stages, model
 
 
+def test_each_model(model: Any, tokenizer: Any, tasks: list[Task]) -> list[str]:
+    """What `test` returns, where each task is answered by the model as it was after that task."""
+    print(f"\n{CHAIN}, each task by the model after it (model.base_model.through)", flush=True)
+    found = []
+    for task in tasks:
+        with model.base_model.through(task.name):
+            found += test(model, tokenizer, [task])
+    return found
+
+
 def train(trainer_class: type[Trainer], model: Any, tokenizer: Any, task: Task, args: argparse.Namespace) -> None:
     """Train the active adapter on one task."""
     trainer = trainer_class(
@@ -137,23 +148,32 @@ def accuracy(stages: Stages) -> list[list[float | None]]:
     return [row + [None] * (len(rows) - len(row)) for row in rows]
 
 
-def report(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any]) -> None:
+def scores(matrix: Any) -> tuple[float, float, float]:
+    """AA, FM and BWT."""
+    return average_accuracy(matrix), forgetting(matrix), backward_transfer(matrix)
+
+
+def report(names: list[str], matrices: dict[str, Any], named: list[float], similarities: dict[str, Any]) -> None:
     """Print the tables."""
     width = max(9, *(len(name) + 2 for name in names))
     print("\nAccuracy (%)".ljust(29) + "".join(name.rjust(width) for name in (*names, "AA", "FM", "BWT")))
     for way, matrix in matrices.items():
         learned = [row[stage] for stage, row in enumerate(matrix)]
-        end = [*matrix[-1], average_accuracy(matrix), forgetting(matrix), backward_transfer(matrix)]
+        rows = {"  right after learning": learned, "  at the end": [*matrix[-1], *scores(matrix)]}
+        if way == CHAIN:
+            rows["  at the end, task named"] = [*named, *scores([*matrix[:-1], named])]
         print(way)
-        for when, row in (("  right after learning", learned), ("  at the end", end)):
+        for when, row in rows.items():
             print(when.ljust(28) + "".join(f"{round(value, 1) + 0.0:{width}.1f}" for value in row))
-    print("(No task label given. AA: average at the end. FM: forgetting. BWT: backward transfer.)")
+    print(
+        "(AA: average at the end. FM: forgetting. BWT: backward transfer. Task named: by the model after that task.)"
+    )
     print("\nSimilarity w of each task to the earlier ones (the penalty on a pair has the weight psi = 1 - w)")
     for task, row in similarities.items():
         print(task.ljust(width) + "   ".join(f"{old} {value:.2f}" for old, value in row.items()))
 
 
-def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any], path: Path) -> None:
+def draw(names: list[str], matrices: dict[str, Any], named: list[float], similarities: Any, path: Path) -> None:
     """The picture: accuracy of each task after each stage, and the similarity of each pair."""
     # the installed fonts that have Chinese, Japanese and Korean characters
     asian = [font for font in get_font_names() if any(part in font for part in ("CJK", "Han Sans", "Hei", "Gothic"))]
@@ -165,12 +185,13 @@ def draw(names: list[str], matrices: dict[str, Any], similarities: dict[str, Any
         for task, ax in enumerate(axes.flat[: len(names)]):
             for way, matrix in matrices.items():
                 ax.plot(range(task + 1, len(names) + 1), [row[task] for row in matrix[task:]], label=way, **LINES[way])
+            ax.plot(len(names), named[task], label=f"{CHAIN}, task named", **STAR)
             ax.set(title=f"{task + 1}. {names[task]}", xticks=range(1, len(names) + 1), ylim=(0, 105))
             ax.grid(axis="y", alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
         for ax in axes.flat[len(names) :]:
             ax.remove()
-        left.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
         left.supxlabel("number of tasks learned", fontsize=10)
         left.supylabel("accuracy (%)", fontsize=10)
         plots.plot_similarity(similarities, names, ax=right.subplots())
@@ -189,12 +210,13 @@ def main() -> None:
     right = {SINGLE: learn_with_one_adapter(base, tokenizer, tasks, args)}
     set_seed(args.seed)  # both ways start with the same weights
     right[CHAIN], model = learn_with_a_chain(base, tokenizer, tasks, args)
-    matrices = {way: accuracy(stages) for way, stages in right.items()}
+    right_named = test_each_model(model, tokenizer, tasks)
+    matrices, named = {way: accuracy(stages) for way, stages in right.items()}, accuracy([right_named])[0]
     similarities = {name: model.peft_config[name].similarities for name in names[1:]}
 
     save_chain(model, args.out / "chain")
     export_lora(model, args.out / "served")
-    draw(names, matrices, similarities, args.out / "demo.png")
+    draw(names, matrices, named, similarities, args.out / "demo.png")
     results = {
         "tasks": names,
         "settings": {name: value for name, value in vars(args).items() if name not in ("data", "tasks", "out")},
@@ -202,12 +224,13 @@ def main() -> None:
         "machine": f"{best_device()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft)},
         "right": right,
+        "right, task named": right_named,
         "accuracy": matrices,
         "similarity": similarities,
         "seconds": round(time.time() - started),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    report(names, matrices, similarities)
+    report(names, matrices, named, similarities)
     print(f"""
 Picture and numbers: {args.out / "demo.png"}, {args.out / "results.json"}. Took {results["seconds"]} seconds.
 

@@ -40,7 +40,7 @@ ENVIRONMENTS: dict[str, tuple[str, list[str]]] = {
     "3.11": ("3.11", ["torch==2.13.0", "--constraint", str(ROOT / "constraints.txt"), *SHOWN[1:]]),
     **{version: (version, list(SHOWN)) for version in ("3.12", "3.13", "3.14")},
 }
-TEST_PACKAGES = ["captum", "datasets", "hypothesis", "matplotlib", "psutil", "pytest", "scipy", "typer"]
+TEST_PACKAGES = ["captum", "datasets", "hypothesis", "matplotlib", "psutil", "pytest-xdist", "scipy", "typer"]
 
 
 def find_python(version: str) -> str | None:
@@ -67,7 +67,7 @@ def run(python: str, tests: list[str], log: Path) -> dict[str, Any]:
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {SHOWN!r}}}))"
     versions = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "auto", *tests]
     with log.open("w") as file:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     text = log.read_text()

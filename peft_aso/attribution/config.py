@@ -22,17 +22,18 @@ def check_fields(config: object, kind: type) -> None:
         value, hint = getattr(config, name), hints[name]
         if get_origin(hint) is Literal:
             check_choice(name, value, get_args(hint))
-        elif not _fits(value, hint):
+        elif not fits(value, hint):
             raise TypeError(f"{name}={value!r} is not of the type {written}.")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a hint; an int is a float too, and a bool neither."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if origin is not None:  # a list, or a dictionary's values
         values = value.values() if isinstance(value, dict) else value
-        return isinstance(value, origin) and all(_fits(each, parts[-1]) for each in values)
+        return isinstance(value, origin) and all(fits(each, parts[-1]) for each in values)
     if hint is Any or isinstance(value, bool):
         return hint in (Any, bool)
     return isinstance(value, (int, float) if hint is float else hint)

@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..attribution.config import fits
 from ..tuner.adapter_file import is_finite, weights_hash
 from ..tuner.config import PEFT_TYPE_NAME, ASOLoraConfig
 from ..tuner.history import is_folder_name
@@ -40,18 +40,17 @@ _Number = int | float
 _Names = str | list[str] | None
 _PerTask = dict[str, _Number | list[_Number]] | None  # task -> one number, or one a layer
 # Types that are checked where a file is read (docs/*.schema.json has them too); other settings are left to PEFT.
-# Not in class syntax, whose annotations are strings here and would not be checked.
-Entry = TypedDict("Entry", {  # noqa: UP013
+ENTRY_TYPES: dict[str, Any] = {
     "task": str, "folder": str, "history": list[str], "sha256": str, "rank": int, "similarities": _PerTask,
     "soft_coefficients": _PerTask, "repo_id": str, "revision": str,
-}, total=False)  # fmt: skip
-AdapterSettings = TypedDict("AdapterSettings", {  # noqa: UP013
+}  # fmt: skip
+SETTING_TYPES: dict[str, Any] = {
     "r": int, "lora_alpha": _Number, "lora_dropout": _Number, "use_rslora": bool, "lora_bias": bool, "train_a": bool,
     "fan_in_fan_out": bool, "rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, _Number] | None,
     "target_modules": _Names, "exclude_modules": _Names, "modules_to_save": list[str] | None, "combined": bool,
     "base_model_name_or_path": str | None, "history_hashes": dict[str, str] | None, "similarities": _PerTask,
     "soft_coefficients": _PerTask, "origin": dict[str, str] | None,
-}, total=False)  # fmt: skip
+}  # fmt: skip
 
 
 class ChainError(ValueError):
@@ -66,7 +65,7 @@ def warn_or_raise(message: str, strict: bool) -> None:
 
 
 class Manifest(NamedTuple):
-    """What `chain.json` holds: task -> its `Entry`, in the order in which the tasks were learned, and the base model.
+    """What `chain.json` holds: task -> its entry (`ENTRY_TYPES`), in the order of learning, and the base model.
 
     `sha256` is `weights_hash` with the config; in format version 1 without it, and an entry has `scale`. `unfinished`
     has the folders that a save which was killed may have left.
@@ -99,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         for task, entry in tasks.items():
             if version < 2:
                 entry.setdefault("scale", None)
-            _check_types(Entry, {**dict.fromkeys(("folder", "history", "sha256")), **entry}, path)
+            _check_types(ENTRY_TYPES, {**dict.fromkeys(("folder", "history", "sha256")), **entry}, path)
             for name in (task, *entry["history"], *({entry["folder"]} - {ROOT})):
                 check_task_name(name, path)
             pinned = f"{entry.get('repo_id')}@{entry.get('revision')}"
@@ -115,12 +114,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(tasks, base_model if isinstance(base_model, str) else None, unfinished)
 
 
-def _check_types(schema: Any, values: Mapping[str, Any], path: Path) -> None:
-    """Raise `ChainError` if a value has another type than the schema, a `TypedDict`, has for it."""
-    try:
-        validate_typed_dict(schema, {name: values[name] for name in schema.__annotations__ if name in values})
-    except StrictDataclassFieldValidationError as error:
-        raise ChainError(f"{path} is damaged: {' '.join(str(error).split())}. Save the adapter again.") from error
+def _check_types(types: Mapping[str, Any], values: Mapping[str, Any], path: Path) -> None:
+    """Raise `ChainError` if a value does not have its type."""
+    for name in types.keys() & values.keys():
+        if not fits(values[name], types[name]):
+            text = f"{path} is damaged: {name}={values[name]!r} is not of the type {types[name]}."
+            raise ChainError(f"{text} Save the adapter again.")
 
 
 def write_manifest(folder: Path, manifest: Manifest, stage: Path) -> None:
@@ -327,7 +326,7 @@ def read_adapter(place: Place) -> AdapterFile:
         if pickles:
             raise ChainError(f"{path} has a pickle ({pickles[0]}), which can run code. If you trust it, save it anew.")
     regular_file(path, SAFETENSORS_WEIGHTS_NAME)
-    _check_types(AdapterSettings, values, path / CONFIG_NAME)
+    _check_types(SETTING_TYPES, values, path / CONFIG_NAME)
     if set(_ORIGIN if values.get("origin") is None else values["origin"]) != _ORIGIN:
         raise ChainError(f"{path / CONFIG_NAME} has another origin than {sorted(_ORIGIN)}. Save the adapter again.")
     if values.get("megatron_config"):

@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from tqdm.auto import tqdm
 
 from ..tuner import ASOLoraModel
 from ..tuner.adapter_file import weights_hash
@@ -99,7 +100,8 @@ def save_chain(
             earlier = Manifest({})
         refuse_loss(earlier, adapters, model.base_model.removed_tasks, overwrite, str(path))
         entries, new = {}, {}
-        for task, adapter in adapters.items():
+        bar = tqdm(adapters.items(), desc="Saving the chain", unit="task", leave=False, disable=len(adapters) < 5)
+        for task, adapter in bar:
             scratch, made = stage / ".scratch", stage / task
             model.save_pretrained(str(scratch), selected_adapters=[adapter])
             (scratch if adapter == _PEFT_DEFAULT else scratch / adapter).rename(made)

@@ -46,6 +46,10 @@ def test_quickstart(
     single, chain = results["right"].values()
     assert single[0] == chain[0], "a first task is stock LoRA"
     assert "1" in single[0][0] + chain[1][1], "something was learned"
+    assert results["right, task named"] == [chain[0][0], chain[1][1]], "as right after learning"
+    (named,) = re.findall(r"at the end, task named +(.*)", printed)
+    learned = [100 * np.mean([int(each) for each in right]) for right in results["right, task named"]]
+    assert [float(each) for each in named.split()] == pytest.approx([*learned, np.mean(learned), 0, 0], abs=0.06)
     w = results["similarity"]["colors"]["signs"]
     assert f"signs {w:.2f}" in printed and -1 <= w <= 1
     with Image.open(tmp_path / "demo.png") as picture:
@@ -71,5 +75,6 @@ def test_names_in_other_scripts_are_drawn(benchmark: Any, tmp_path: Path) -> Non
     names = ["情绪", "주제", "緊急度$x$"]
     matrix = [[50.0, None, None], [40.0, 60.0, None], [30.0, 50.0, 70.0]]
     similarities = {"주제": {"情绪": 0.1}, "緊急度$x$": {"情绪": -0.2, "주제": 0.3}}
-    quickstart.draw(names, {quickstart.SINGLE: matrix, quickstart.CHAIN: matrix}, similarities, tmp_path / "demo.png")
+    matrices = {quickstart.SINGLE: matrix, quickstart.CHAIN: matrix}
+    quickstart.draw(names, matrices, [50.0, 60.0, 70.0], similarities, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 10_000
