@@ -171,7 +171,8 @@ def shorten(ids: list[int], limit: int) -> list[int]:
 
 def best_device() -> torch.device:
     """The accelerator, or the CPU where there is none; a Trainer has to be told (`use_cpu`) for bfloat16 on a CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def answer_probability(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Eq. 9 written out anew: P of each row, float64."""
     inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        inputs |= {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels), "use_cache": False}
     logs = torch.log_softmax(model(**inputs).logits.double(), -1)
     if labels.ndim == 1:
         return logs.gather(-1, labels[:, None])[:, 0].exp()

@@ -81,6 +81,7 @@ def test_zero_3_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("run*/*"))
 
 
+@needs_fsdp2
 def test_the_commands_in_the_guide_train_task_after_task(tmp_path: Path) -> None:
     """The commands and options of the document, and what makes the runs short. Accelerate ignores FSDP2 on a CPU."""
     (tmp_path / "train_task.py").write_text(re.findall(r"```python\n(.*?)```", GUIDE, re.S)[0])
