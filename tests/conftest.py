@@ -30,6 +30,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def precision() -> None:
+    """`TrainingArguments(bf16=True)` of transformers 4 sets this for all that are made later in the process."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     """Torch's generator starts every test from the same number."""
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ Neurons are scaled where the answer is predicted, and in a causal model the prom
 - `fast_vector` groups examples whose answers have about the same length, one pass for all of a group.
 - `causal_suffix`, `decoder_suffix`: the prompt's keys and values are computed once. Only the suffix, from the first
   position that predicts an answer token to the last, runs again. For an encoder the suffix is all of the input.
-- `FastEngine` runs the suffix at all nodes of a layer in one forward pass, from the layer's block on.
+- `FastEngine` runs the suffix at all nodes of neighbouring layers in one forward pass, from the lowest block on.
 - `choose_setting` compares a small piece of the work with the reference before the first use on a model. Where they
   differ, the reference takes over, with a warning.
 """
