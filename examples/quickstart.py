@@ -21,7 +21,6 @@ import peft
 import torch
 import transformers
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
 from peft import LoraConfig, get_peft_model
 from tasks import (
     AnswerDataset,
@@ -175,9 +174,7 @@ def report(names: list[str], matrices: dict[str, Any], named: list[float], simil
 
 def draw(names: list[str], matrices: dict[str, Any], named: list[float], similarities: Any, path: Path) -> None:
     """The picture: accuracy of each task after each stage, and the similarity of each pair."""
-    # the installed fonts that have Chinese, Japanese and Korean characters
-    asian = [font for font in get_font_names() if any(part in font for part in ("CJK", "Han Sans", "Hei", "Gothic"))]
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *asian], "axes.titlesize": 10}):
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *plots.cjk_fonts()], "axes.titlesize": 10}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
         rows = math.isqrt(len(names))

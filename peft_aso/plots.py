@@ -33,6 +33,13 @@ LABEL_WIDTH = 18  # characters of a line of a task's name
 CJK_FONTS = ("CJK", "Han S", "Hei", "Gothic", "PingFang", "Hiragino", "SimSun", "Unicode MS")  # parts of their names
 
 
+def cjk_fonts() -> list[str]:
+    """The installed fonts that have Chinese, Japanese or Korean characters, by their names."""
+    from matplotlib.font_manager import get_font_names
+
+    return [font for font in get_font_names() if any(part in font for part in CJK_FONTS)]
+
+
 def plot_accuracy(matrix: AccuracyMatrix, tasks: Sequence[str], ax: Axes | None = None) -> Axes:
     """Draw the accuracy of each task (column) after each training stage (row), in percent.
 
@@ -121,7 +128,6 @@ def _heat_map(
 ) -> None:  # fmt: skip
     """One coloured cell with its number per entry; NaN entries stay blank."""
     from matplotlib import rcParams
-    from matplotlib.font_manager import get_font_names
 
     image = ax.imshow(rows, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
     shades = image.to_rgba(np.asarray(rows))
@@ -138,7 +144,7 @@ def _heat_map(
     ax.tick_params(axis="x", labelrotation=45)
     for label in ax.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
-    fonts = [*rcParams["font.family"], *(font for font in get_font_names() if any(part in font for part in CJK_FONTS))]
+    fonts = [*rcParams["font.family"], *cjk_fonts()]
     for label in ax.get_xticklabels() + ax.get_yticklabels():
         label.set(parse_math=False, fontfamily=fonts)  # a name may have dollar signs
     # lines in the background's colour between the cells

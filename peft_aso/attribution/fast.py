@@ -38,8 +38,8 @@ from .quadrature import Samples, nodes_and_weights
 from .shared_attention import PrefixLayer, Rows, each_tensor, prefix_cache, shared_prefixes
 from .vector import AttributionVector, LayerScores, assemble, float64
 
-# how much shorter than the longest a suffix of a group may be, as a part of it
-_PADDING = 0.1
+# how long the shortest suffix of a group is at least, as a part of the longest
+_SHORTEST = 0.9
 # how far scores may be from the reference's, as a part of the layer's largest: bfloat16 has eight bits
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 1e-1
 
@@ -161,8 +161,9 @@ def group_examples(lengths: torch.Tensor) -> list[torch.Tensor]:
 
     All suffixes of a group run as long as its longest, for each node and layer.
     """
-    size = (lengths.double().log() / -math.log(1 - _PADDING)).floor()
-    return [(size == each).nonzero()[:, 0] for each in size.unique()]
+    # a group has the lengths between two powers of 1 / _SHORTEST
+    power = (lengths.double().log() / -math.log(_SHORTEST)).floor()
+    return [(power == each).nonzero()[:, 0] for each in power.unique()]
 
 
 @dataclass

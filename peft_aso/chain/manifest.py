@@ -105,7 +105,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             if "repo_id" in entry and not re.fullmatch(f"{REPO_ID.pattern}@[0-9a-f]{{40}}", pinned):
                 raise ChainError(f"{path} has no valid repository and commit for {task!r}. Restore or delete it.")
         base_model, unfinished = content.get("base_model_name_or_path"), content.get("unfinished", [])
-        for name in [] + unfinished:  # a list
+        _check_types({"unfinished": list[str]}, content, path)
+        for name in unfinished:
             check_task_name(name, path)
     except ChainError:
         raise
