@@ -43,6 +43,10 @@ Dtype = Annotated[
     typer.Option(help="Type of what is written. Default: the base model's."),
 ]
 MaxRank = Annotated[int | None, typer.Option(help="Cut to this rank by SVD; the error is logged.")]
+Rule = Annotated[
+    str | None,
+    typer.Option("--merge", help="How the tasks are merged: sum, running_mean, outside, ... (docs/methods.md)."),
+]
 PerTask = Annotated[bool, typer.Option("--per-task", help="One repository for each task, REPO-TASK.")]
 NoMerged = Annotated[bool, typer.Option("--no-merged", help="Leave out the sum as one adapter.")]
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
@@ -106,8 +110,8 @@ def verify(source: Source, base: Shapes = None, revision: Revision = None, as_js
 
 @command
 def merge(
-    source: Source, out: Out, base: Base = None, tasks: Tasks = None, dtype: Dtype = None, revision: Revision = None,
-    as_json: AsJson = False,
+    source: Source, out: Out, base: Base = None, tasks: Tasks = None, dtype: Dtype = None, rule: Rule = None,
+    revision: Revision = None, as_json: AsJson = False,
 ) -> Result:  # fmt: skip
     """Write base model and tasks as one model folder."""
     _check_out(out)
@@ -122,12 +126,12 @@ def merge(
     except (OSError, ValueError, ImportError):  # the base model has none; ImportError in transformers 4
         tokenizer = None
     kind = None if dtype is None else getattr(torch, dtype)
-    return _written(export_merged(model, out, tasks=names, dtype=kind, tokenizer=tokenizer))
+    return _written(export_merged(model, out, tasks=names, dtype=kind, tokenizer=tokenizer, merge=rule))
 
 
 @command
 def export(
-    source: Source, out: Out, base: Base = None, tasks: Tasks = None, max_rank: MaxRank = None,
+    source: Source, out: Out, base: Base = None, tasks: Tasks = None, max_rank: MaxRank = None, rule: Rule = None,
     revision: Revision = None, as_json: AsJson = False,
 ) -> Result:  # fmt: skip
     """Write the sum of tasks as one stock LoRA adapter. Of the base model only the config is read."""
@@ -135,7 +139,7 @@ def export(
     model, _, names = _loaded(source, base, tasks, revision, weights=False)
     from peft_aso import export_lora
 
-    return _written(export_lora(model, out, tasks=names, max_rank=max_rank))
+    return _written(export_lora(model, out, tasks=names, max_rank=max_rank, merge=rule))
 
 
 @command

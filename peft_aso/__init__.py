@@ -31,6 +31,7 @@ from .training import (
     compute_attribution,
     initialize_from_inputs,
     update_coefficients,
+    update_input_memory,
 )
 from .tuner import (
     ASOLoraConfig,
@@ -85,5 +86,6 @@ __all__ = [
     "save_chain",
     "similarity",
     "update_coefficients",
+    "update_input_memory",
     "update_task",
 ]

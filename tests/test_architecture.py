@@ -16,9 +16,9 @@ PACKAGE = "peft_aso"
 ORDER = """
 sharding, metrics < plots
 attribution: config, vector < quadrature, similarity, neurons < answer < integrated_gradients, shared_attention < fast
-tuner: low_rank < penalties, starts < config, history, adapter_file < layer < model
+tuner: low_rank < penalties, starts < config, history, adapter_file < layer < model < loading
 registration
-training: coefficients < callback, init_from_inputs < trainer
+training: coefficients < inputs < callback < trainer
 chain: manifest < save, export < hub < load
 """
 LEVELS: dict[str, int] = {}

@@ -30,7 +30,7 @@ from ..tuner import ASOLoraModel
 from ..tuner.adapter_file import is_finite
 from ..tuner.history import adapter_of, chain_obstacles, task_name_of
 from ..tuner.layer import UNSUPPORTED_LAYERS, adapters_in, bias_of, low_rank, matrices_of
-from ..tuner.low_rank import MERGES, LowRank
+from ..tuner.low_rank import LowRank, merge_function
 from ..tuner.model import tuner_of
 from .manifest import MANIFEST_NAME, README_NAME, ChainError, flush, hub_id, staging
 
@@ -60,7 +60,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def export_lora(
     model: Any, folder: str | os.PathLike[str], *, tasks: Sequence[str] | None = None, max_rank: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, merge: str | Mapping[str, float] | None = None,
 ) -> Path:  # fmt: skip
     """Write one stock LoRA adapter that equals the sum of several tasks' adapters (Eq. 3).
 
@@ -75,6 +75,8 @@ def export_lora(
         max_rank: modules of a higher rank get the best approximation of this rank (truncated SVD); the relative error
             is logged and written into the export's README.md, with that of rounding to `dtype`.
         dtype: of the exported weights. None: the one that the adapters have.
+        merge: how the tasks are merged, a registered name or the weight of each task. None: as the last task's config
+            has it, which is the sum by default.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no sum (DoRA
@@ -96,7 +98,8 @@ def export_lora(
     biases = _biases(layers, names)
 
     bar = tqdm(layers.items(), desc="Exporting", unit="module", leave=False)
-    exact = {name: _merged(tuner, layer, names) for name, layer in bar}
+    with tuner.merging_by(merge, names):
+        exact = {name: _merged(tuner, layer, names) for name, layer in bar}
     full_rank = max(len(update.A) for update in exact.values())
     rank = min(full_rank, max_rank or full_rank)
     written, weights = {}, {}
@@ -145,10 +148,10 @@ def _merged(tuner: ASOLoraModel, layer: LoraLayer, names: Sequence[str]) -> LowR
     """The merged update of one layer in float64, with the scale 1."""
     updates = [low_rank(layer, name) for name in adapters_in(layer, names)]
     if updates[0].A.device.type == "mps":  # has no float64
-        updates = [LowRank(A.cpu(), B.cpu(), scale) for A, B, scale in updates]
-    merge = MERGES[tuner.peft_config[names[-1]].merge]
-    A, B, scale = merge([LowRank(A.double(), B.double(), scale) for A, B, scale in updates])
-    return LowRank(A, B * scale)
+        updates = [update.to("cpu") for update in updates]
+    held = adapters_in(layer, names)
+    merged = merge_function(tuner.peft_config[names[-1]].merge, held)([update.to(torch.float64) for update in updates])
+    return LowRank(merged.A, merged.B * merged.scale)
 
 
 def _with_rank(update: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +160,7 @@ def _with_rank(update: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     With `B = Q_B R_B` and `A.T = Q_A R_A` the singular values of `B A` are those of `R_B R_A^T`. Each factor gets the
     square roots of the singular values.
     """
-    A, B, _ = update
+    A, B = update.A, update.B
     if len(A) > rank:
         (q_B, r_B), (q_A, r_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
         left, values, right = torch.linalg.svd(r_B @ r_A.T)
@@ -176,8 +179,8 @@ def _relative_error(exact: Mapping[str, LowRank], written: Mapping[str, LowRank]
     """||written - exact|| / ||exact|| in the Frobenius norm, in words: over all modules, and of the worst one."""
     norms = {name: _norm(update) for name, update in exact.items()}
     errors = {
-        name: _norm(LowRank(torch.cat([written[name].A, A]), torch.cat([written[name].B, -B], dim=1)))
-        for name, (A, B, _) in exact.items()
+        name: _norm(LowRank(torch.cat([written[name].A, each.A]), torch.cat([written[name].B, -each.B], dim=1)))
+        for name, each in exact.items()
     }
     relative = {name: error / (norms[name] or 1.0) for name, error in errors.items()}
     worst = max(relative, key=lambda name: relative[name])
@@ -233,6 +236,7 @@ def exact_targets(wanted: Sequence[str], modules: Sequence[str], config: Any) ->
 def export_merged(
     model: Any, folder: str | os.PathLike[str], *, tasks: Sequence[str] | None = None,
     dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB", tokenizer: Any = None,
+    merge: str | Mapping[str, float] | None = None,
 ) -> Path:  # fmt: skip
     """Write base weights plus the sum of several tasks' adapters as a transformers model folder (Eq. 3).
 
@@ -246,6 +250,7 @@ def export_merged(
         dtype: of the weights that are written. None: the one that each has in the base model.
         max_shard_size: as in `save_pretrained`.
         tokenizer: saved too, if given.
+        merge: as `export_lora`.
 
     Raises:
         ChainError: before anything is written: another kind of model, an unknown task, an adapter that is no sum, a
@@ -258,7 +263,8 @@ def export_merged(
     path = Path(folder)
     _check_target(tuner, path, dtype, _MODEL_TITLE)
     names = _selected(tuner, tasks)
-    merged = _model_with(tuner.model, _merged_weights(tuner, names, dtype))
+    with tuner.merging_by(merge, names):
+        merged = _model_with(tuner.model, _merged_weights(tuner, names, dtype))
     base = tuner.peft_config[names[-1]].base_model_name_or_path
     card = (
         f"{_MODEL_TITLE}\n\n{base or 'The base model'} plus the sum of the LoRA adapters of these tasks, in the order "

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import ASOLoraConfig, ASOLoraModel, HistoryError
-from ..tuner.adapter_file import ATTRIBUTION_KEY, check_attribution, weights_hash
+from ..tuner.adapter_file import ATTRIBUTION_KEY, check_attribution, is_own_key, weights_hash
 from ..tuner.history import (
     adapter_of,
     chain_obstacles,
@@ -37,6 +37,7 @@ from ..tuner.history import (
     task_name_of,
 )
 from ..tuner.layer import remove_adapter
+from ..tuner.loading import add_loaded_adapters
 from .export import PREFIX, base_weights
 from .hub import ADAPTER_FILES, Access, Source, find, is_on_hub
 from .manifest import (
@@ -394,7 +395,7 @@ def _add(model: Any, adapters: Sequence[tuple[AdapterFile, Tensors]], autocast: 
             if is_simple and run and not has_heads and not model.base_model.is_merged:
                 with _explained([adapter for adapter, _ in run]):
                     found = {adapter.name: (adapter.config, tensors) for adapter, tensors in run}
-                    model.base_model.add_loaded_adapters(found, autocast)
+                    add_loaded_adapters(model.base_model, found, autocast)
                 continue
             for adapter, tensors in run:
                 model = _add_as_peft_does(model, adapter, tensors, autocast, base)
@@ -426,7 +427,7 @@ def _is_simple(loaded: tuple[AdapterFile, Tensors]) -> bool:
         return False
     if config.modules_to_save or config.use_qalora or any(True for _ in chain_obstacles(config)):
         return False
-    return all(".lora_A." in key or ".lora_B." in key for key in loaded[1] if key != ATTRIBUTION_KEY)
+    return all(".lora_A." in key or ".lora_B." in key for key in loaded[1] if not is_own_key(key))
 
 
 def _add_as_peft_does(model: Any, adapter: AdapterFile, tensors: Tensors, autocast: bool, base: Tensors) -> Any:
@@ -453,9 +454,9 @@ def fitting(model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base:
     """
     copies = re.compile(r"\.(modules_to_save|original_module)\.")
     found = {key: tensor for key, tensor in tensors.items() if not copies.search(key)}
-    vector = found.pop(ATTRIBUTION_KEY, None)
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    own.pop(ATTRIBUTION_KEY, None)
+    stored = {key: found.pop(key) for key in [*found] if is_own_key(key)}
+    own: Any = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = {key: tensor for key, tensor in own.items() if not is_own_key(key)}
     where = f"The adapter {adapter.name!r} ({adapter.place.path}, for {adapter.config.base_model_name_or_path!r})"
     for key in sorted({*found, *own}):
         short = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -471,10 +472,9 @@ def fitting(model: Any, name: str, adapter: AdapterFile, tensors: Tensors, base:
         if not equal.all() and not is_new:
             raise ChainError(f"{where} has another {key} than the base model. Load the one that it was trained on.")
         base[short] = held.detach() if equal.all() else found[key]
-    if vector is not None:
-        check_attribution(adapter.name, getattr(adapter.config, "attribution_layout", None), vector)
-        found[ATTRIBUTION_KEY] = vector
-    return {key: each for key, each in found.items() if key in own or key == ATTRIBUTION_KEY}
+    if ATTRIBUTION_KEY in stored:
+        check_attribution(adapter.name, getattr(adapter.config, "attribution_layout", None), stored[ATTRIBUTION_KEY])
+    return {key: each for key, each in found.items() if key in own} | stored
 
 
 def _equal_rows(tensor: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .coefficients import attribution_of, require_tuner, update_coefficients
+from .inputs import INPUT_EXAMPLES, update_input_memory
 
 # examples in a batch of the probe; attribution splits it further by memory
 BATCH = 16
@@ -29,7 +30,8 @@ class UnusableDataError(ValueError):
 
 
 class ASOCallback(TrainerCallback):
-    """Updates w and psi before the first step and as the run goes on; stores the task's vector at its end.
+    """Updates w and psi before the first step and as the run goes on; stores the task's vector, and its input
+    directions where the config asks for them, at its end.
 
     Attributes:
         restored (`bool`): psi came from a checkpoint; the first update is the next one that is due.
@@ -66,6 +68,9 @@ class ASOCallback(TrainerCallback):
         except Exception as error:  # the task is learned: a script that goes on to save it must not end here
             _warn_not_stored(args, task, error)
         self._probe = []
+        if config.resolved_input_directions:
+            examples = choose_probe(kwargs["train_dataloader"], INPUT_EXAMPLES, probe_seed(args))
+            update_input_memory(kwargs["model"], examples, progress=not args.disable_tqdm)
 
     def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
         """The probe, after attribution with one step of the path; empty where no attribution is wanted, or where it
@@ -85,7 +90,7 @@ class ASOCallback(TrainerCallback):
         except UnusableDataError:
             raise
         except Exception as error:  # models raise all kinds of errors here
-            if tuner.has_penalty(task) or settings.source == "stored":
+            if tuner.uses_coefficients(task) or settings.source == "stored":
                 raise ValueError(
                     f"{task!r} needs attribution, for psi or for the vector that it stores, and attribution cannot "
                     f"read the task: {str(error).rstrip('.')}. AttributionConfig(similarity='none') trains without it "
@@ -97,7 +102,7 @@ class ASOCallback(TrainerCallback):
 
     def _update(self, args: TrainingArguments, model: nn.Module) -> None:
         tuner = require_tuner(model)
-        if not tuner.has_penalty(tuner.current_task):
+        if not tuner.uses_coefficients(tuner.current_task):
             return
         update_coefficients(model, self._probe, progress=not args.disable_tqdm)
         if args.world_size > 1:  # all take the first process's psi and w: theirs may differ in the last digits

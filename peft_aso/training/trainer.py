@@ -9,6 +9,7 @@ import copy
 import os
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..tuner import ASOLoraModel
-from ..tuner.starts import needs_inputs
+from ..tuner.low_rank import MissingInputsError
+from ..tuner.penalties import PENALTIES
+from ..tuner.starts import needs_history_inputs, needs_inputs
 from .callback import ASOCallback, choose_probe, probe_seed
-from .coefficients import is_untrained, require_tuner
-from .init_from_inputs import INPUT_EXAMPLES, initialize_from_inputs
+from .coefficients import is_untrained, require_tuner, update_coefficients
+from .inputs import INPUT_EXAMPLES, initialize_from_inputs
 
 # settings that change what a resumed run computes
 _RESUMED = ("lora_alpha", "use_rslora", "lora_dropout", "penalty", "penalty_weight", "l2_weight", "forward_history")
@@ -176,10 +179,18 @@ class ASOTrainerMixin:
         self._clear_sums()
         tuner, settings = self.tuner, self.args
         check_trainable(tuner)
-        if needs_inputs(tuner.peft_config[tuner.current_task].project_init) and is_untrained(tuner):
-            loader = self.get_train_dataloader()
-            examples = choose_probe(loader, INPUT_EXAMPLES, probe_seed(settings))
-            initialize_from_inputs(self.model, examples, progress=not settings.disable_tqdm)
+        config = tuner.peft_config[tuner.current_task]
+        if needs_inputs(config.project_init) and is_untrained(tuner):
+            loader, seed, progress = self.get_train_dataloader(), probe_seed(settings), not settings.disable_tqdm
+            # an untrained task is the model before it: only stored vectors tell the earlier tasks apart
+            if needs_history_inputs(config.project_init) and all(name in tuner.attribution for name in tuner.history):
+                chosen = config.attribution
+                config.attribution = replace(chosen, source="stored")
+                try:
+                    update_coefficients(self.model, choose_probe(loader, chosen.probe_size, seed), progress=progress)
+                finally:
+                    config.attribution = chosen
+            initialize_from_inputs(self.model, choose_probe(loader, INPUT_EXAMPLES, seed), progress=progress)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # there the optimizer may hold other tensors
         if self.accelerator.distributed_type not in sharded:
@@ -279,8 +290,20 @@ def check_trainable(tuner: ASOLoraModel) -> None:
             "is to be trained with model.set_adapter(...), or add a new one with model.add_adapter(...)."
         )
     tuner.tasks.require([task])
-    if tuner.peft_config[task].resolved_penalty_weight > 0:
+    config = tuner.peft_config[task]
+    if tuner.uses_coefficients(task):
         tuner.check_shared_modules()
+    reads = tuner.uses_coefficients(task) and PENALTIES[config.penalty].needs_inputs
+    if reads or (needs_history_inputs(config.project_init) and is_untrained(tuner)):
+        layers = tuner.lora_layers([task]).values()
+        without = [old for old in tuner.history if not any(old in layer.task_inputs for layer in layers)]
+        if without:
+            raise MissingInputsError(
+                f"project_init={config.project_init!r} and penalty={config.penalty!r} of {task!r} read the input "
+                f"directions of the earlier tasks, and {', '.join(map(repr, without))} stores none. Call "
+                "peft_aso.update_input_memory(model, batches, adapter=...) with some of its data, or set "
+                "input_directions=32 in its config before it trains."
+            )
     if not any(parameter.requires_grad for parameter in tuner.parameters()):
         raise ValueError(
             f"Nothing in the model trains: the adapter {task!r} was loaded for inference. Call "

@@ -13,6 +13,12 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 ATTRIBUTION_KEY = "aso_attribution_vector"  # its layout is in the config
+INPUTS_KEY = "aso_inputs."  # input directions: followed by the modules that have this input, with commas between them
+
+
+def is_own_key(key: str) -> bool:
+    """Whether a tensor of an adapter's file is what this package stores with a task, and no weight."""
+    return key == ATTRIBUTION_KEY or key.startswith(INPUTS_KEY)
 
 
 def tensors_of(layers: Mapping[str, LoraLayer], name: str) -> dict[str, torch.Tensor]:
@@ -33,7 +39,8 @@ def tensors_of(layers: Mapping[str, LoraLayer], name: str) -> dict[str, torch.Te
 def weights_hash(weights: Mapping[str, torch.Tensor], config: Any = None) -> str:
     """SHA-256 of an adapter's values as float32, in the order of the tensors' names, and of its scale.
 
-    The dtype in which they are stored is left out (PEFT changes it when it loads), and so is the attribution vector.
+    The dtype in which they are stored is left out (PEFT changes it when it loads), and so are the attribution vector
+    and the input directions.
 
     Args:
         weights: key in the adapter's file -> tensor.
@@ -41,7 +48,7 @@ def weights_hash(weights: Mapping[str, torch.Tensor], config: Any = None) -> str
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        if name == ATTRIBUTION_KEY:
+        if is_own_key(name):
             continue
         values = weights[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {list(values.shape)}\n".encode())
@@ -50,6 +57,39 @@ def weights_hash(weights: Mapping[str, torch.Tensor], config: Any = None) -> str
         scale = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora", "alpha_pattern")}
         digest.update(json.dumps(scale, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def stored_inputs(layers: Mapping[str, LoraLayer], name: str) -> dict[str, torch.Tensor]:
+    """The input directions of one adapter under their keys in its file; modules with the same input share a tensor."""
+    holders: dict[int, list[str]] = {}
+    for module, layer in layers.items():
+        if name in layer.task_inputs:
+            holders.setdefault(id(layer.task_inputs[name]), []).append(module)
+    return {INPUTS_KEY + ",".join(modules): layers[modules[0]].task_inputs[name] for modules in holders.values()}
+
+
+def store_inputs(layers: Mapping[str, LoraLayer], name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the input directions of an adapter's file into its layers; others of the same name go.
+
+    Raises:
+        ValueError: they are of a module that the adapter does not have, not of the shape `(k, in)`, or not finite.
+    """
+    found = {}
+    for key, stored in tensors.items():
+        tensor = stored.detach().to("cpu", torch.float16) if key.startswith(INPUTS_KEY) else stored
+        for module in key.removeprefix(INPUTS_KEY).split(",") if key.startswith(INPUTS_KEY) else ():
+            weight = layers[module].lora_A[name].weight if module in layers and name in layers[module].lora_A else None
+            width = -1 if weight is None else weight[0].numel()
+            if tensor.dim() != 2 or tensor.shape[1] != width or not is_finite(tensor):
+                raise ValueError(
+                    f"The input directions {key!r} of adapter {name!r}, of shape {tuple(tensor.shape)}, do not fit "
+                    "the module, or hold NaN or Inf. The file is damaged or was made for another base model."
+                )
+            found[module] = tensor
+    for module, layer in layers.items():
+        layer.task_inputs.pop(name, None)
+        if module in found:
+            layer.task_inputs[name] = found[module]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

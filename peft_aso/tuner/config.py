@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,9 +14,10 @@ from peft import LoraConfig, PeftType
 from ..attribution.config import AttributionConfig, check_choice, check_fields, setting
 from .low_rank import MERGES
 from .penalties import PENALTIES
-from .starts import STARTS, needs_inputs
+from .starts import STARTS, needs_history_inputs, needs_inputs, random_start
 
 PEFT_TYPE_NAME = "ASO_LORA"
+INPUT_DIRECTIONS = 32
 
 
 def _names(registry: Any) -> str:
@@ -77,8 +80,20 @@ class ASOLoraConfig(LoraConfig):
         "Start A outside of the span of the history's A, so that the penalty starts at 0. Registered: "
         f"{_names(STARTS)}; True is 'random', False starts A as LoRA does.",
     )
+    start_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Options of the start that project_init names, such as {'row_scale': 2.0} of 'contrast'."},
+    )
     train_a: bool = setting(True, "Whether A trains. False: B alone is trained, and there is no penalty.")
-    merge: str = setting("sum", f"How the tasks are merged into one model (Eq. 3). Registered: {_names(MERGES)}.")
+    merge: Any = setting(
+        "sum",
+        f"How the tasks are merged into one model (Eq. 3), or the weight of each task. Registered: {_names(MERGES)}.",
+    )
+    input_directions: int | None = setting(
+        None,
+        "How many leading directions of its inputs to a module the task stores, for later tasks and for merging. "
+        f"None: {INPUT_DIRECTIONS} if project_init, penalty or merge of this task reads those of others, else 0.",
+    )
     attribution: AttributionConfig = field(
         default_factory=AttributionConfig,
         metadata={"help": "How the similarity w and the soft coefficient psi are computed."},
@@ -120,7 +135,15 @@ class ASOLoraConfig(LoraConfig):
         check_fields(self, ASOLoraConfig)
         check_choice("penalty", self.penalty, tuple(PENALTIES))
         check_choice("project_init", self.project_init, (False, True, *STARTS))
-        check_choice("merge", self.merge, tuple(MERGES))
+        if not isinstance(self.merge, Mapping):
+            check_choice("merge", self.merge, tuple(MERGES))
+        if (self.input_directions or 0) < 0:
+            raise ValueError(f"input_directions={self.input_directions}: a number of directions, 0 for none.")
+        if self.start_options:
+            start = STARTS.get(str(self.project_init), random_start)
+            known = [p.name for p in inspect.signature(start).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            if unknown := sorted(set(self.start_options) - set(known)):
+                raise ValueError(f"start_options: project_init={self.project_init!r} has {known} and no {unknown}.")
         if self.task_name == "":
             raise ValueError("task_name='': give the task's name, or None for the adapter's.")
         if needs_inputs(self.project_init) and self.init_lora_weights not in (True, "gaussian"):
@@ -146,6 +169,15 @@ class ASOLoraConfig(LoraConfig):
         if not self.train_a:
             return 0.0
         return PENALTIES[self.penalty].default_weight if self.penalty_weight is None else self.penalty_weight
+
+    @property
+    def resolved_input_directions(self) -> int:
+        """`input_directions`, with None resolved."""
+        if self.input_directions is not None:
+            return self.input_directions
+        reads = needs_history_inputs(self.project_init) or self.merge == "regmean"
+        reads = reads or (PENALTIES[self.penalty].needs_inputs and self.resolved_penalty_weight > 0)
+        return INPUT_DIRECTIONS if reads else 0
 
     @property
     def attribution_model(self) -> str:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .history import HistoryError, TaskHistory
-from .low_rank import MERGES, LowRank, sum_updates
+from .low_rank import LowRank, merge_function, sum_updates
 
 UNSUPPORTED_LAYERS = (MultiheadAttention, ParamWrapper)
 _FOLDABLE = (nn.Linear, Conv1D)
@@ -51,7 +51,8 @@ def matrices_of(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor
 def low_rank(layer: LoraLayer, name: str) -> LowRank:
     """One adapter's update of a layer, without gradients; convolutions flattened."""
     A, B = matrices_of(layer, name)
-    return LowRank(A.detach().flatten(1), B.detach().flatten(1), float(layer.scaling[name]))
+    inputs = layer.task_inputs.get(name)
+    return LowRank(A.detach().flatten(1), B.detach().flatten(1), float(layer.scaling[name]), inputs)
 
 
 def bias_of(layer: LoraLayer, names: Iterable[str]) -> torch.Tensor | None:
@@ -171,20 +172,20 @@ class Folded(NamedTuple):
 
 
 def _stack(layer: LoraLayer, names: Sequence[str], dtype: torch.dtype | None) -> Stacked:
-    A, B, _ = sum_updates([low_rank(layer, name) for name in names])
+    total = sum_updates([low_rank(layer, name) for name in names])
     bias = bias_of(layer, names)
-    return Stacked(A.to(dtype=dtype), B.to(dtype=dtype), None if bias is None else bias.to(dtype=dtype))
+    return Stacked(total.A.to(dtype=dtype), total.B.to(dtype=dtype), None if bias is None else bias.to(dtype=dtype))
 
 
 def _fold(layer: Any, names: Sequence[str]) -> Folded:
     base = layer.base_layer
     transposed = isinstance(base, Conv1D)
-    A, B, _ = sum_updates([low_rank(layer, name) for name in names])
+    total = sum_updates([low_rank(layer, name) for name in names])
     weight = base.weight.detach().T if transposed else base.weight.detach()
     bias, more = base.bias, bias_of(layer, names)
     if more is not None:
         bias = more if bias is None else bias + more
-    return Folded(add_product(weight, A, B), bias)
+    return Folded(add_product(weight, total.A, total.B), bias)
 
 
 def add_product(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factor: float = 1) -> torch.Tensor:
@@ -333,7 +334,7 @@ class HistoryLinear(lora.Linear):
             ValueError: with `safe_merge`, the merged weights would hold NaN or Inf; this layer is as before then.
         """
         names = adapters_in(self, check_adapters_to_merge(self, adapter_names))
-        if len(names) > 1 and self.can_merge_at_once(names):
+        if (len(names) > 1 or self._is_weighted(names)) and self.can_merge_at_once(names):
             self._add_to_base(names, 1, safe_merge)
             self.merged_adapters.extend(names)
         else:
@@ -342,11 +343,14 @@ class HistoryLinear(lora.Linear):
     def unmerge(self) -> None:
         """As PEFT's, with one product of all adapters' ranks."""
         names = adapters_in(self, self.merged_adapters)
-        if len(names) > 1 and self.can_merge_at_once(names):
+        if (len(names) > 1 or self._is_weighted(names)) and self.can_merge_at_once(names):
             self._add_to_base(names, -1, False)
             self.merged_adapters.clear()
         else:
             super().unmerge()
+
+    def _is_weighted(self, names: Sequence[str]) -> bool:
+        return bool(names) and self.task_history is not None and self.task_history.configs[names[-1]].merge != "sum"
 
     def can_merge_at_once(self, names: Sequence[str]) -> bool:
         """Whether the named adapters are plain low-rank updates of a floating point weight."""
@@ -360,10 +364,10 @@ class HistoryLinear(lora.Linear):
     @torch.no_grad()
     def _add_to_base(self, names: Sequence[str], sign: int, check: bool) -> None:
         base = self.base_layer
-        merge = MERGES[self.task_history.configs[names[-1]].merge] if self.task_history is not None else sum_updates
-        A, B, scale = merge([low_rank(self, name) for name in names])
+        rule = "sum" if self.task_history is None else self.task_history.configs[names[-1]].merge
+        total = merge_function(rule, names)([low_rank(self, name) for name in names])
         transposed, more = isinstance(base, Conv1D), bias_of(self, names)
-        weight = add_product(base.weight.T if transposed else base.weight, A, B, sign * scale)
+        weight = add_product(base.weight.T if transposed else base.weight, total.A, total.B, sign * total.scale)
         bias = base.bias if more is None else (base.bias + sign * more).to(base.bias.dtype)
         if check and not all(part is None or torch.isfinite(part).all() for part in (weight, bias)):
             broken = [name for name in names if not all(part.isfinite().all() for part in matrices_of(self, name))]

@@ -2,24 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 
-class LowRank(NamedTuple):
+@dataclass(frozen=True)
+class LowRank:
     """One adapter's update of one module, `scale * B @ A`.
 
     Attributes:
         A: `(r, in)`, the weight of `lora_A`: the paper's A_t transposed (convolutions flattened).
         B: `(out, r)`, the weight of `lora_B`.
         scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        inputs: `(k, in)` float16, the input directions that the task stores: row i is sqrt(value_i) times the i-th
+            leading eigenvector of the second moment C_t of its inputs, which is scaled to the trace `in`. None: none.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float = 1.0
+    inputs: torch.Tensor | None = None
+
+    def to(self, *args: Any) -> LowRank:
+        """All tensors with another device or dtype, as `Tensor.to`."""
+        inputs = None if self.inputs is None else self.inputs.to(*args)
+        return LowRank(self.A.to(*args), self.B.to(*args), self.scale, inputs)
+
+    def delta(self) -> torch.Tensor:
+        """`(out, in)`: scale * B A."""
+        return self.scale * self.B @ self.A
+
+
+class MissingInputsError(ValueError):
+    """A start, penalty or merge needs the input directions of an earlier task, which stores none."""
+
+
+def input_rows(update: LowRank, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """C_t = S^T S + rest (I - U^T U), from the input directions that a task stores.
+
+    Returns:
+        S `(k, in)`, its rows U as unit vectors, and the scalar `rest`, the mean energy of the other directions, with
+        the dtype and device of another tensor.
+
+    Raises:
+        MissingInputsError: the task stores none.
+    """
+    if update.inputs is None:
+        raise MissingInputsError(
+            "An earlier task stores no input directions for a module. Set input_directions=32 in its ASOLoraConfig "
+            "before it trains, or call peft_aso.update_input_memory(model, batches) with some of its data."
+        )
+    S = update.inputs.to(like)
+    norms = S.norm(dim=1, keepdim=True)
+    rest = (S.shape[1] - norms.square().sum()).clamp(min=0) / max(1, S.shape[1] - len(S))
+    return S, S / norms.clamp(min=torch.finfo(S.dtype).tiny), rest
+
+
+def second_moment(update: LowRank, like: torch.Tensor) -> torch.Tensor:
+    """C_t `(in, in)`, of trace `in`, as far as the task stores it, with the dtype and device of another tensor.
+
+    Raises:
+        MissingInputsError: the task stores none.
+    """
+    S, U, rest = input_rows(update, like)
+    return S.T @ S - rest * U.T @ U + rest * torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
 
 
 Merge = Callable[[Sequence[LowRank]], LowRank]
@@ -27,7 +77,7 @@ MERGES: dict[str, Merge] = {}
 
 
 def register_merge(name: str) -> Callable[[Merge], Merge]:
-    """Register a way to merge tasks under a name that `ASOLoraConfig(merge=...)` takes."""
+    """Register a way to merge tasks, oldest first, under a name that `ASOLoraConfig(merge=...)` takes."""
 
     def register(function: Merge) -> Merge:
         MERGES[name] = function
@@ -45,3 +95,98 @@ def sum_updates(updates: Sequence[LowRank]) -> LowRank:
     A = torch.cat([update.A for update in updates], dim=0)
     B = torch.cat([update.B * update.scale for update in updates], dim=1)
     return LowRank(A, B, 1.0)
+
+
+def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """sum_t weight_t scale_t B_t A_t: the tasks weighted by hand."""
+    return sum_updates([replace(each, scale=each.scale * w) for each, w in zip(updates, weights, strict=True)])
+
+
+@register_merge("running_mean")
+def running_mean(updates: Sequence[LowRank]) -> LowRank:
+    """M_i = M_{i-1} + (S_i - M_{i-1}) / sqrt(i), where S_i is the sum of the first i tasks.
+
+    The time-aware rule of SLAO (Qiao and Mahdavi, ICLR 2026), which merges one adapter that is trained on; on a chain,
+    what was trained until task i is the sum S_i.
+    """
+    weights = [0.0] * len(updates)
+    for i in range(1, len(updates) + 1):
+        trained = [1.0] * i + [0.0] * (len(updates) - i)
+        weights = [old + (new - old) / math.sqrt(i) for old, new in zip(weights, trained, strict=True)]
+    return weighted_sum(updates, weights)
+
+
+@register_merge("outside")
+def outside_outputs(updates: Sequence[LowRank]) -> LowRank:
+    """Each B without its part in the span of the earlier tasks' B: later tasks write into other output directions.
+
+    Where LoRA updates share directions, B shares them (Tang and Yang, "Crowded in B-Space", 2026). What is left of a
+    task shrinks with the number of earlier ones; with `out` earlier directions it is nothing.
+    """
+    changed: list[LowRank] = []
+    for update in updates:
+        B = update.B
+        if changed:
+            earlier = torch.cat([each.B for each in changed], dim=1)
+            left, values, _ = torch.linalg.svd(earlier, full_matrices=False)
+            basis = left[:, values > values.max() * max(earlier.shape) * torch.finfo(torch.float32).eps]
+            B = B - basis @ (basis.T @ B)
+        changed.append(replace(update, B=B))
+    return sum_updates(changed)
+
+
+@register_merge("magnitude")
+def largest_magnitude(updates: Sequence[LowRank]) -> LowRank:
+    """Each weight's change as it was largest in magnitude after one of the tasks: MagMax (Marczak et al., ECCV 2024).
+
+    The change after task i is the sum of the first i tasks. The result has full rank, min(out, in), and costs a
+    singular value decomposition of each module; `export_lora(max_rank=...)` makes it smaller.
+    """
+    after = torch.stack([update.delta() for update in updates]).cumsum(0)
+    chosen = after.gather(0, after.abs().argmax(0, keepdim=True))[0]
+    left, values, right = torch.linalg.svd(chosen, full_matrices=False)
+    return LowRank(right, left * values)
+
+
+@register_merge("regmean")
+def regression_mean(updates: Sequence[LowRank], ridge: float = 0.01) -> LowRank:
+    """The update that is closest, on each task's inputs, to the model as it stood after that task.
+
+    The least-squares solution (sum_t S_t C_t) (sum_t C_t)^-1, with S_t the sum of the first t tasks and C_t the second
+    moment of task t's inputs: RegMean (Jin et al., ICLR 2023) on a chain. The rank is that of the sum.
+
+    Args:
+        ridge: added to the diagonal of each C_t, whose mean is 1.
+
+    Raises:
+        MissingInputsError: a task stores no input directions.
+    """
+    A = torch.cat([update.A for update in updates])
+    B = torch.cat([update.B * update.scale for update in updates], dim=1)
+    identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    moments = [second_moment(update, A) + ridge * identity for update in updates]
+    rows = torch.zeros_like(A)  # sum_t [A_1; ...; A_t; 0] C_t
+    end = 0
+    for update, moment in zip(updates, moments, strict=True):
+        end += len(update.A)
+        rows[:end] += A[:end] @ moment
+    return LowRank(torch.linalg.solve(torch.stack(moments).sum(0), rows, left=False), B)
+
+
+def merge_function(merge: str | Mapping[str, float], tasks: Sequence[str]) -> Merge:
+    """The function of a value of `merge`: a registered name, or the weight of each task.
+
+    Args:
+        tasks: names of the tasks whose updates the function will get.
+
+    Raises:
+        ValueError: a name that is not registered, or a task without a weight.
+    """
+    if isinstance(merge, str):
+        if merge not in MERGES:
+            raise ValueError(f"merge={merge!r} is none of {', '.join(map(repr, MERGES))}, nor one weight a task.")
+        return MERGES[merge]
+    if missing := [task for task in tasks if task not in merge]:
+        raise ValueError(f"merge={dict(merge)} has no weight for {', '.join(missing)}. Give one for each task.")
+    weights = [float(merge[task]) for task in tasks]
+    return lambda updates: weighted_sum(updates, weights)

@@ -17,13 +17,22 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..sharding import full_tensor, gathered, is_sharded, may_shard
-from .adapter_file import ATTRIBUTION_KEY, check_attribution, check_tensors, is_finite, tensors_of, weights_hash
+from .adapter_file import (
+    ATTRIBUTION_KEY,
+    check_attribution,
+    check_tensors,
+    is_finite,
+    is_own_key,
+    store_inputs,
+    stored_inputs,
+    tensors_of,
+    weights_hash,
+)
 from .history import (
     HistoryError,
     TaskHistory,
@@ -49,8 +58,8 @@ from .layer import (
     remove_adapter,
     untie,
 )
-from .low_rank import LowRank
-from .penalties import ModuleGroup, group_modules, layers_of_modules, total_penalty
+from .low_rank import LowRank, merge_function
+from .penalties import PENALTIES, ModuleGroup, group_modules, layers_of_modules, total_penalty
 from .starts import STARTS, needs_inputs
 
 # PEFT's model classes for these tasks name the head in the config that they were given, after the tuner has copied it
@@ -126,12 +135,12 @@ class ASOLoraModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for name, history in chains.items():
                 check_layers(self.lora_layers(), name, history)
-            self._sync_history()
+            self.sync_history()
             if new and config.history:
                 holders = {task: adapter_of(task, self.peft_config, adapter_name) for task in config.history}
                 config.history_hashes = {task: self.adapter_hash(str(name)) for task, name in holders.items()}
         except Exception:  # whatever PEFT raised: the model is as before, and the error goes on
-            self._take_out(adapter_name, trained)
+            self.take_out(adapter_name, trained)
             raise
         (self._new if new else self._without_weights)[adapter_name] = trained
         if adapter_name in self.tasks.missing:
@@ -208,79 +217,7 @@ class ASOLoraModel(LoraModel):
             if terms:
                 layer.lora_B[adapter_name].bias.data = torch.stack(terms).sum(0)
 
-    def add_loaded_adapters(
-        self, adapters: Mapping[str, tuple[Any, Mapping[str, torch.Tensor]]], autocast_adapter_dtype: bool = True
-    ) -> None:
-        """Add saved adapters with their weights, frozen. What is active and what trains does not change.
-
-        PEFT's `add_adapter` walks the whole model several times for each adapter, so that loading T of them takes a
-        time that grows with T^2. Here each layer gets its adapters on the meta device, then their tensors, and what
-        concerns the whole model is done once.
-
-        Args:
-            adapters: name -> its config and its tensors (file key -> tensor), oldest first. Only adapters that are
-                nothing but `lora_A` and `lora_B` of linear or convolution layers named in `target_modules`.
-            autocast_adapter_dtype: as in PEFT: float32 weights where the base layer is in half precision.
-
-        Raises:
-            ValueError: a history that cannot be, tensors that do not fit the model and the config, a damaged
-                attribution vector. The model is as before then, as after any other error.
-        """
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        prefix = "base_model.model."
-        try:
-            names = [
-                name for name, _ in self.model.named_modules() if ".lora_" not in name and ".base_layer" not in name
-            ]
-            for name, (config, _) in adapters.items():
-                self.peft_config[name] = copy.deepcopy(config)
-                resolve_history(name, self.peft_config)
-            bar = tqdm(adapters.items(), desc="Loading tasks", leave=False, disable=len(adapters) < 5)
-            for name, (config, tensors) in bar:
-                empty = copy.copy(config)
-                empty.init_lora_weights, empty.inference_mode = False, True
-                layers: dict[str, LoraLayer] = {}
-                for target in names:
-                    if not check_target_module_exists(config, target):
-                        continue
-                    module, (parent, _, child) = self.model.get_submodule(target), target.rpartition(".")
-                    with torch.device("meta"):
-                        self._create_and_replace(
-                            empty, name, module, child, self.model.get_submodule(parent), current_key=target
-                        )
-                    layers[target] = self.model.get_submodule(target)
-                    if layers[target] is not module:
-                        layers[target].set_adapter(self.active_adapters, inference_mode=True)
-                shapes = {
-                    f".{name}.".join(key.rsplit(".", 1)): each.shape for key, each in tensors_of(layers, name).items()
-                }
-                found = {f".{name}.".join(key.rsplit(".", 1)): each for key, each in tensors.items()}
-                check_tensors(found, shapes, name, complete=True)
-                for target, layer in layers.items():
-                    device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-                    for key in tensors_of({target: layer}, name):
-                        matrix, leaf = key.removeprefix(f"{prefix}{target}.").split(".")
-                        tensor = tensors[key]
-                        dtype = dtype if dtype is not None and dtype.is_floating_point else tensor.dtype
-                        own = torch.float32 if autocast_adapter_dtype and dtype.itemsize < 4 else dtype
-                        weight = nn.Parameter(tensor.to(device, own), requires_grad=False)
-                        setattr(getattr(layer, matrix)[name], leaf, weight)
-                self.peft_config[name].fan_in_fan_out = empty.fan_in_fan_out  # PEFT corrects it for the layer's type
-                known = set(self.targeted_module_names)
-                self.targeted_module_names.extend(target for target in layers if target not in known)
-                if ATTRIBUTION_KEY in tensors:
-                    check_attribution(name, config.attribution_layout, tensors[ATTRIBUTION_KEY])
-                    if config.attribution_layout:
-                        self.attribution[name] = tensors[ATTRIBUTION_KEY].detach().float().cpu()
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            self._sync_history()
-        except BaseException:  # Ctrl-C in a notebook too, where the model lives on
-            for name in adapters:
-                self._take_out(name, trained)
-            raise
-
-    def _take_out(self, adapter_name: str, trained: Iterable[nn.Parameter]) -> None:
+    def take_out(self, adapter_name: str, trained: Iterable[nn.Parameter]) -> None:
         """Remove an adapter whose adding or loading failed, and layers made for it; `trained` trains afterwards."""
         self.peft_config.pop(adapter_name, None)
         remove_adapter(self.model, adapter_name, [name for name in self.active_adapters if name != adapter_name])
@@ -297,15 +234,17 @@ class ASOLoraModel(LoraModel):
         self._without_weights.pop(adapter_name, None)
         self._new.pop(adapter_name, None)
         self._penalised.discard(adapter_name)
-        self._sync_history()
+        self.sync_history()
 
-    def _sync_history(self) -> None:
+    def sync_history(self) -> None:
         """After adapters were added or deleted: resolve names, attach the history to the layers, freeze it."""
         self.tasks.refresh(self.peft_config)
         for layer in self.lora_layers().values():
             if getattr(layer, "task_history", None) is None and not isinstance(layer, HistoryLinear):
                 layer.register_forward_hook(add_history, with_kwargs=True)
             layer.task_history = self.tasks
+            if "task_inputs" not in layer.other_param_names:
+                layer.task_inputs, layer.other_param_names = {}, (*layer.other_param_names, "task_inputs")
         self._freeze_history()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -317,7 +256,7 @@ class ASOLoraModel(LoraModel):
             try:
                 self._start_a(adapter_name)
             except ValueError:
-                self._take_out(adapter_name, trained)
+                self.take_out(adapter_name, trained)
                 raise
         self._freeze_history()  # the cast makes new parameters, some of which train
 
@@ -388,8 +327,14 @@ class ASOLoraModel(LoraModel):
             weight.register_post_accumulate_grad_hook(after_backward)
 
     def has_penalty(self, task: str) -> bool:
-        """Whether a task has a history and a penalty to hold it orthogonal to that."""
-        return bool(self.tasks.histories[task]) and self.peft_config[task].resolved_penalty_weight > 0
+        """Whether a task has a penalty: most need a history."""
+        config = self.peft_config[task]
+        wanted = self.tasks.histories[task] or not PENALTIES[config.penalty].needs_history
+        return bool(wanted) and config.resolved_penalty_weight > 0
+
+    def uses_coefficients(self, task: str) -> bool:
+        """Whether psi enters the training of a task."""
+        return self.has_penalty(task) and PENALTIES[self.peft_config[task].penalty].needs_history
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As PEFT's; the history stays frozen."""
@@ -581,9 +526,9 @@ class ASOLoraModel(LoraModel):
             A, B = matrices_of(layer, task)
             new[name] = LowRank(full_tensor(A).flatten(1), full_tensor(B).flatten(1), layer.scaling[task])
         device = next(iter(new.values())).A.device
-        if not self.history:
-            return torch.zeros((), device=device)
-        groups = self.tasks.cached(self, task, lambda: self._group_history(layers, new))
+        groups = []
+        if self.history:
+            groups = self.tasks.cached(self, task, lambda: self._group_history(layers, new))
         psi = torch.tensor(list(self.soft_coefficients.values()), device=device, dtype=torch.float32)
         by_layer = self._layers(psi.shape[1]) if psi.dim() == 2 else None
         return total_penalty(self.peft_config[task].penalty, groups, new, psi, by_layer)
@@ -593,8 +538,10 @@ class ASOLoraModel(LoraModel):
         sharded = self.is_sharded
 
         def factors(layer: LoraLayer, name: str) -> LowRank:
-            A, B, scale = low_rank(layer, name)
-            return LowRank(full_tensor(A), full_tensor(B), scale) if sharded else LowRank(A, B, scale)
+            update = low_rank(layer, name)
+            inputs = None if update.inputs is None else update.inputs.to(update.A.device)
+            A, B = (full_tensor(each) if sharded else each for each in (update.A, update.B))
+            return LowRank(A, B, update.scale, inputs)
 
         order = {name: index for index, name in enumerate(self.history)}
         # tensors made in inference mode could not be used in training afterwards
@@ -682,6 +629,38 @@ class ASOLoraModel(LoraModel):
         with self._history_active(adapter_names) as names:
             super().merge_adapter(adapter_names=names, safe_merge=safe_merge)
 
+    @contextmanager
+    def merging_by(self, merge: str | Mapping[str, float] | None, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Inside the context the adapters are merged in this way; None: as the last one's config has it.
+
+        Raises:
+            ValueError: a name that is not registered, or an adapter without a weight.
+        """
+        config = self.peft_config[adapter_names[-1]]
+        before = config.merge
+        if merge is not None:
+            merge_function(merge, adapter_names)
+            config.merge = merge
+        try:
+            yield
+        finally:
+            config.merge = before
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None,
+        merge: str | Mapping[str, float] | None = None,
+    ) -> nn.Module:  # fmt: skip
+        """As PEFT's, for tasks with their history (Eq. 3).
+
+        Args:
+            merge: how the tasks are merged: a registered name, or the weight of each task. None: as the last task's
+                config has it, which is the sum by default.
+        """
+        names = list(adapter_names or self.active_adapters)
+        self._check_names(names)
+        with self.merging_by(merge, self.tasks.expand(names)):
+            return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+
     def unmerge_adapter(self) -> None:
         """Take the merged adapters out of the base weights again."""
         self.tasks.generation += 1
@@ -720,14 +699,19 @@ class ASOLoraModel(LoraModel):
     ) -> Any:
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         tuner = tuner_of(model)
-        vector = tuner.attribution.get(adapter_name) if tuner is not None else None
-        return state_dict if vector is None else {**state_dict, ATTRIBUTION_KEY: vector.detach().cpu()}
+        if tuner is None:
+            return state_dict
+        stored = stored_inputs(tuner.lora_layers([adapter_name]), adapter_name)
+        if adapter_name in tuner.attribution:
+            stored[ATTRIBUTION_KEY] = tuner.attribution[adapter_name].detach().cpu()
+        return {**state_dict, **stored}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        vector = state_dict.pop(ATTRIBUTION_KEY, None)
+        stored = {key: state_dict.pop(key) for key in [*state_dict] if is_own_key(key)}
+        vector = stored.get(ATTRIBUTION_KEY)
         remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = tuner_of(model)
         fresh = tuner is not None and adapter_name in tuner._without_weights
@@ -747,9 +731,10 @@ class ASOLoraModel(LoraModel):
             if tuner is not None:
                 tensors = {key: value for key, value in state_dict.items() if ".lora_" in key}
                 tuner._take_hash(adapter_name, weights_hash(tensors, tuner.peft_config[adapter_name]), check=fresh)
+                store_inputs(tuner.lora_layers([adapter_name]), adapter_name, stored)
         except ValueError:
             if tuner is not None and fresh and len(tuner.peft_config) > 1:
-                tuner._take_out(adapter_name, tuner._without_weights[adapter_name])
+                tuner.take_out(adapter_name, tuner._without_weights[adapter_name])
             raise
         if tuner is not None:
             tuner._take_attribution(adapter_name, vector)

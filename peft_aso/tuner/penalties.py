@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .low_rank import LowRank
+from .low_rank import LowRank, input_rows, weighted_sum
 
 PenaltyFunction = Callable[[LowRank, Sequence[LowRank], torch.Tensor], torch.Tensor]
 BatchedFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -31,23 +31,28 @@ class Penalty:
         default_weight: lambda where `ASOLoraConfig(penalty_weight=None)`.
         batched: the same for M modules of one shape: the current A `(M, r, in)`, the rows of all earlier tasks' A
             `(M, R, in)`, and psi of each row, `(M, R)` or `(1, R)`.
+        needs_history: whether a first task has no penalty.
+        needs_inputs: whether it reads the input directions that the earlier tasks store.
     """
 
     function: PenaltyFunction
     default_weight: float
     batched: BatchedFunction | None = None
+    needs_history: bool = True
+    needs_inputs: bool = False
 
 
 PENALTIES: dict[str, Penalty] = {}
 
 
 def register_penalty(
-    name: str, default_weight: float = 0.5, batched: BatchedFunction | None = None
-) -> Callable[[PenaltyFunction], PenaltyFunction]:
+    name: str, default_weight: float = 0.5, batched: BatchedFunction | None = None, *, needs_history: bool = True,
+    needs_inputs: bool = False,
+) -> Callable[[PenaltyFunction], PenaltyFunction]:  # fmt: skip
     """Register a penalty under a name that `ASOLoraConfig(penalty=...)` takes. Arguments as in `Penalty`."""
 
     def register(function: PenaltyFunction) -> PenaltyFunction:
-        PENALTIES[name] = Penalty(function, default_weight, batched)
+        PENALTIES[name] = Penalty(function, default_weight, batched, needs_history, needs_inputs)
         return function
 
     return register
@@ -79,6 +84,46 @@ def l1(new: LowRank, history: Sequence[LowRank], psi: torch.Tensor) -> torch.Ten
     return torch.stack(
         [(psi_t * (old.A @ new.A.T)).abs().sum() for psi_t, old in zip(psi, history, strict=True)]
     ).sum()
+
+
+@register_penalty("inputs", default_weight=10.0, needs_inputs=True)
+def inputs(new: LowRank, history: Sequence[LowRank], psi: torch.Tensor) -> torch.Tensor:
+    """sum_t psi_t^2 tr(A C_t A^T) / tr(C_t): how much of the earlier tasks' inputs, second moments C_t, A takes up.
+
+    Eq. 5 with the inputs' own directions in place of A_t, which spans few of them. tr(C_t) is `in`.
+    """
+    A = new.A.float()
+    taken = []
+    for psi_t, old in zip(psi, history, strict=True):
+        S, U, rest = input_rows(old, A)
+        energy = (A @ S.T).square().sum() + rest * (A.square().sum() - (A @ U.T).square().sum())
+        taken.append(psi_t**2 * energy)
+    return torch.stack(taken).sum() / A.shape[1]
+
+
+@register_penalty("outputs", default_weight=0.05)
+def outputs(new: LowRank, history: Sequence[LowRank], psi: torch.Tensor) -> torch.Tensor:
+    """sum_t sum_jk (psi_t (B_t^T B)[j,k])^2: Eq. 5 on the columns of B, the directions that a task writes into."""
+    return torch.stack(
+        [(psi_t * (old.B.T @ new.B)).square().sum() for psi_t, old in zip(psi, history, strict=True)]
+    ).sum()
+
+
+@register_penalty("n_lora", default_weight=1e-5, needs_history=False)
+def n_lora(new: LowRank, history: Sequence[LowRank], psi: torch.Tensor) -> torch.Tensor:
+    """sum_ij |scale (B A)_ij|: sparse updates collide rarely. N-LoRA (Yang et al., COLING 2025), on each task."""
+    return new.delta().abs().sum()
+
+
+@register_penalty("ella", default_weight=1.0)
+def ella(new: LowRank, history: Sequence[LowRank], psi: torch.Tensor) -> torch.Tensor:
+    """sum_ij (dW_ij W_ij)^2, with dW the new update and W the sum of the earlier ones, each times psi_t.
+
+    ELLA (Das Biswas et al., EACL 2026): weights that earlier tasks have moved far are held. Makes a matrix of the
+    module's size in each step.
+    """
+    past = weighted_sum(history, psi.tolist()).delta()
+    return (new.delta() * past.to(new.A)).square().sum()
 
 
 @dataclass(frozen=True)
@@ -147,8 +192,8 @@ def total_penalty(
         A float32 scalar, also under autocast.
     """
     penalty = PENALTIES[name]
-    terms = []
-    for group in groups:
+    terms = [] if penalty.needs_history else [penalty.function(update, [], psi[:0]) for update in new.values()]
+    for group in groups if penalty.needs_history else ():
         device = group.rows.device
         by_module = psi.to(device)[:, None] if psi.dim() == 1 else psi.to(device)  # (T, 1) or (T, L)
         columns = [0 if psi.dim() == 1 or layers is None else layers[module] for module in group.modules]

@@ -65,7 +65,11 @@ def randomize(model: Any, adapter: str, seed: int) -> None:
 def chain(name: str = "llama", tasks: tuple[str, ...] = ("first", "second"), **settings: Any) -> Any:
     """A PEFT model on the tiny model `name`: all tasks but the last have random weights, the last is active."""
     torch.manual_seed(0)
-    model = get_peft_model(tiny(name, **dict.fromkeys(NO_DROPOUT[name], 0.0)), config(name), adapter_name=tasks[0])
+    model = get_peft_model(
+        tiny(name, **dict.fromkeys(NO_DROPOUT[name], 0.0)),
+        config(name, **(settings if len(tasks) == 1 else {})),
+        adapter_name=tasks[0],
+    )
     for index, task in enumerate(tasks[1:], start=1):
         randomize(model, tasks[index - 1], seed=index)
         model.add_adapter(task, config(name, **(settings if task == tasks[-1] else {})))

@@ -51,6 +51,59 @@ def test_one_module_is_equation_7(seed: int, ranks: list[int], form: str):
     assert found.shape == () and found.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
 
 
+def moment_rows(x: torch.Tensor, directions: int) -> torch.Tensor:
+    """What a task stores of inputs `(n, in)`: leading eigenvectors times the roots of their values, from an SVD."""
+    _, singular, vectors = torch.linalg.svd(x.double(), full_matrices=False)
+    scale = x.shape[1] ** 0.5 / singular.norm()
+    return (vectors * singular[:, None] * scale)[:directions]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3))
+@settings(max_examples=30)
+def test_penalties_of_other_methods_are_their_sums_in_loops(seed: int, tasks: int):
+    torch.manual_seed(seed)
+    psi, width = torch.randn(tasks, dtype=torch.float64), 5
+    x = [torch.randn(40, width, dtype=torch.float64) * torch.rand(width).double() for _ in range(tasks)]
+    history = [
+        LowRank(torch.randn(2, width).double(), torch.randn(4, 2).double(), 0.5, moment_rows(each, width))
+        for each in x
+    ]
+    new = LowRank(torch.randn(3, width).double(), torch.randn(4, 3).double(), 1.5)
+    outputs = inputs = ella = sparse = 0.0
+    for coefficient, old, rows in zip(psi.tolist(), history, x, strict=True):
+        for column in old.B.T:
+            for other in new.B.T:
+                outputs += (coefficient * float(column @ other)) ** 2
+        read = sum(float(a @ row) ** 2 for row in rows for a in new.A)
+        inputs += coefficient**2 * read / float(rows.square().sum())
+    for i in range(4):
+        for j in range(width):
+            step = 1.5 * float(new.B[i] @ new.A[:, j])
+            past = sum(c * 0.5 * float(old.B[i] @ old.A[:, j]) for c, old in zip(psi.tolist(), history, strict=True))
+            sparse, ella = sparse + abs(step), ella + (step * past) ** 2
+    for name, expected in {"outputs": outputs, "inputs": inputs, "ella": ella, "n_lora": sparse}.items():
+        assert PENALTIES[name].function(new, history, psi).item() == pytest.approx(expected, rel=1e-4), name
+
+
+def test_directions_that_were_not_stored_have_the_mean_energy_of_the_rest(fresh_seed: int):
+    """The penalty of a whole orthonormal A is the trace: 1, however many directions are stored."""
+    basis = torch.linalg.qr(torch.randn(6, 6)).Q
+    for directions in (1, 3, 6):
+        stored = moment_rows(torch.randn(50, 6), directions).half()
+        found = PENALTIES["inputs"].function(
+            LowRank(basis, basis), [LowRank(basis, basis, 1.0, stored)], torch.ones(1)
+        )
+        assert found.item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_penalty_without_a_history_acts_on_a_first_task():
+    _, model = chain("llama", TASKS[:1], penalty="n_lora")
+    layers = model.base_model.lora_layers().values()
+    expected = sum(layer.get_delta_weight(TASKS[0]).abs().sum() for layer in layers)
+    torch.testing.assert_close(model.base_model.orthogonality_penalty(), expected)
+    assert model.base_model.has_penalty(TASKS[0]) and not model.base_model.uses_coefficients(TASKS[0])
+
+
 def test_psi_1_and_l1_is_the_published_loss_of_o_lora():
     """Value and gradients of sum |A_old A_new^T| over a double loop of parameter names."""
     names = [f"encoder.block.{i}.SelfAttention.{p}" for i in range(3) for p in "qv"]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from peft_aso import ASOTrainer, initialize_from_inputs
+from peft_aso import ASOTrainer, initialize_from_inputs, load_chain, save_chain, update_input_memory
 from tests.tiny_models import tiny, tiny_batch
-from tests.training.tools import TinyTask, arguments, chain, distance, randomize, train, weights
+from tests.training.tools import TinyTask, arguments, chain, config, distance, randomize, train, weights
 
 
 def inputs_outside(model: Any, rows: Any, tasks: tuple[str, ...]) -> dict[Any, np.ndarray]:
@@ -25,7 +26,8 @@ def inputs_outside(model: Any, rows: Any, tasks: tuple[str, ...]) -> dict[Any, n
     found = {}
     for layer, inputs in seen.items():
         x = torch.cat([each.flatten(0, -2) for each in inputs]).double().numpy()
-        old = np.concatenate([layer.lora_A[task].weight.detach().double().numpy() for task in tasks])
+        rows = [layer.lora_A[task].weight.detach().double().numpy() for task in tasks]
+        old = np.concatenate([np.zeros((1, x.shape[1])), *rows])
         found[layer] = x - x @ np.linalg.pinv(old) @ old
     return found
 
@@ -70,6 +72,81 @@ def test_the_rows_are_the_leading_directions_of_the_inputs_outside_of_the_histor
         assert not layer._forward_pre_hooks
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert distance(old, weights(model, "one")) == 0
+
+
+def second_moment(stored: torch.Tensor) -> np.ndarray:
+    rows = stored.double().numpy()
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_task_stores_the_leading_directions_of_its_inputs(name: str, fresh_seed: int, tmp_path: Path) -> None:
+    model = chain(name, tasks=("one", "two"), lora_dropout=0.5)
+    randomize(model, "one", seed=1)
+    randomize(model, "two", seed=2)
+    batch, rows = padded(name, fresh_seed % 1000)
+    layers = model.base_model.lora_layers()
+    for task in ("one", "two"):
+        with model.base_model.through(task):
+            x = inputs_outside(model, rows, ())
+        update_input_memory(model.train(), [batch], adapter=task, directions=4)
+        for layer, seen in x.items():
+            stored = layer.task_inputs[task]
+            width = seen.shape[1]
+            assert stored.shape == (4, width) and stored.dtype == torch.float16
+            values, vectors = np.linalg.eigh(seen.T @ seen * width / np.square(seen).sum())
+            best = (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T
+            np.testing.assert_allclose(second_moment(stored), best, atol=2e-2)
+    pairs = [(layers[key], layers[key.replace("q_proj", "v_proj")]) for key in layers if "q_proj" in key]
+    assert all(q.task_inputs["two"] is v.task_inputs["two"] for q, v in pairs), "one copy for q and v"
+    save_chain(model, tmp_path)
+    loaded, again = load_chain(tiny(name), tmp_path), tmp_path / "again"
+    save_chain(loaded, again)
+    for (key, layer), other in zip(layers.items(), loaded.base_model.lora_layers().values(), strict=True):
+        assert all(torch.equal(layer.task_inputs[task], other.task_inputs[task]) for task in ("one", "two")), key
+    files = [next(folder.rglob("two*/adapter_model.safetensors")).read_bytes() for folder in (tmp_path, again)]
+    assert files[0] == files[1]
+    loaded.delete_adapter("two")
+    assert all(set(layer.task_inputs) == {"one"} for layer in loaded.base_model.lora_layers().values())
+
+
+def test_the_trainer_stores_input_directions_where_the_config_reads_them(tmp_path: Path) -> None:
+    """And the next task starts where its inputs differ from these, with psi from the stored attribution vectors."""
+    options: dict[str, Any] = {"project_init": "contrast", "train_a": False, "input_directions": 3}
+    model = chain(tasks=("first",), **options)
+    train(model, tmp_path)
+    model.add_adapter("second", config("llama", **options))
+    model.set_adapter("second")
+    random = weights(model, "second")
+    train(model, tmp_path)
+    found = weights(model, "second")
+    assert all((random[key] - found[key]).abs().max() > 1e-3 for key in found)
+    assert abs(model.base_model.soft_coefficients["first"] - 1) > 0, "of stored vectors: it is 1 until then"
+    assert all(layer.task_inputs["second"].shape[0] == 3 for layer in model.base_model.lora_layers().values())
+    plain = chain(tasks=("first",))
+    train(plain, tmp_path)
+    assert not any(layer.task_inputs for layer in plain.base_model.lora_layers().values())
+    plain.add_adapter("second", config("llama", penalty="inputs"))
+    plain.set_adapter("second")
+    with pytest.raises(ValueError, match="'first' stores none"):
+        train(plain, tmp_path)
+
+
+def test_damaged_input_directions_are_refused_and_nothing_changes(tmp_path: Path) -> None:
+    model = chain(tasks=("one",))
+    batch, _ = padded("llama", 0)
+    update_input_memory(model, [batch], directions=2)
+    model.save_pretrained(str(tmp_path))
+    file = next(tmp_path.rglob("adapter_model.safetensors"))
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.startswith("aso_inputs."))
+    for damaged in (torch.zeros(2, 3), torch.full_like(tensors[key], float("nan")), torch.zeros(4)):
+        save_file({**tensors, key: damaged}, file)
+        with pytest.raises(ValueError, match="input directions|NaN or Inf"):
+            load_chain(tiny("llama"), file.parent)
+        with pytest.raises(ValueError, match="input directions|NaN or Inf"):
+            model.load_adapter(file.parent, adapter_name="one")
+        assert all(layer.task_inputs["one"].isfinite().all() for layer in model.base_model.lora_layers().values())
 
 
 def test_what_cannot_start_from_its_inputs_is_refused() -> None:
