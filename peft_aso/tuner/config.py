@@ -137,6 +137,8 @@ class ASOLoraConfig(LoraConfig):
         check_choice("project_init", self.project_init, (False, True, *STARTS))
         if not isinstance(self.merge, Mapping):
             check_choice("merge", self.merge, tuple(MERGES))
+        elif not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in self.merge.values()):
+            raise TypeError(f"merge={self.merge}: give a registered name, or a finite number for each task.")
         if (self.input_directions or 0) < 0:
             raise ValueError(f"input_directions={self.input_directions}: a number of directions, 0 for none.")
         if self.start_options:

@@ -38,7 +38,7 @@ def add_loaded_adapters(
             attribution vector. The model is as before then, as after any other error.
     """
     trained = [parameter for parameter in tuner.model.parameters() if parameter.requires_grad]
-    prefix = "base_model.model."
+    prefix, layers_of = "base_model.model.", {}
     try:
         names = [name for name, _ in tuner.model.named_modules() if ".lora_" not in name and ".base_layer" not in name]
         for name, (config, _) in adapters.items():
@@ -77,7 +77,7 @@ def add_loaded_adapters(
             tuner.peft_config[name].fan_in_fan_out = empty.fan_in_fan_out  # PEFT corrects it for the layer's type
             known = set(tuner.targeted_module_names)
             tuner.targeted_module_names.extend(target for target in layers if target not in known)
-            store_inputs(layers, name, tensors)
+            layers_of[name] = layers
             if ATTRIBUTION_KEY in tensors:
                 check_attribution(name, config.attribution_layout, tensors[ATTRIBUTION_KEY])
                 if config.attribution_layout:
@@ -85,6 +85,8 @@ def add_loaded_adapters(
         for parameter in trained:
             parameter.requires_grad_(True)
         tuner.sync_history()
+        for name, (_, tensors) in adapters.items():
+            store_inputs(layers_of[name], name, tensors)
     except BaseException:  # Ctrl-C in a notebook too, where the model lives on
         for name in adapters:
             tuner.take_out(name, trained)

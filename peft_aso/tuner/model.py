@@ -656,7 +656,8 @@ class ASOLoraModel(LoraModel):
             merge: how the tasks are merged: a registered name, or the weight of each task. None: as the last task's
                 config has it, which is the sum by default.
         """
-        names = list(adapter_names or self.active_adapters)
+        given = adapter_names if isinstance(adapter_names, list) and adapter_names else None
+        names = given or list(self.active_adapters)
         self._check_names(names)
         with self.merging_by(merge, self.tasks.expand(names)):
             return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -170,7 +171,7 @@ def test_convolutions(tmp_path: Path) -> None:
 def test_a_registered_merge_is_what_is_exported(tmp_path: Path) -> None:
     @register_merge("half of the sum")
     def half(updates: Any) -> LowRank:
-        return sum_updates(updates)._replace(scale=0.5)
+        return replace(sum_updates(updates), scale=0.5)
 
     try:
         model = make_chain(tasks={"first": {}, "second": {"merge": "half of the sum"}})

@@ -98,8 +98,8 @@ def test_parts_of_a_layer():
     assert adapters_in(layers["conv2d"], ["imdb", *TASKS]) == ["dbpedia", CURRENT]
     assert [each.shape for each in matrices_of(layers["embedding"], "dbpedia")] == [(3, 7), (6, 3)]
     assert [each.shape for each in matrices_of(layers["conv2d"], "dbpedia")] == [(3, 2, 3, 3), (3, 3, 1, 1)]
-    A, B, scale = low_rank(layers["conv2d"], CURRENT)
-    assert (A.shape, B.shape, scale) == ((2, 18), (3, 2), 2.5) and not A.requires_grad
+    update = low_rank(layers["conv2d"], CURRENT)
+    assert (update.A.shape, update.B.shape, update.scale) == ((2, 18), (3, 2), 2.5) and not update.A.requires_grad
     assert low_rank(layers["embedding"], "amazon").scale == 8.0, "alpha / sqrt(r)"
     assert low_rank(layers["linear"], CURRENT).scale == 5 / 4 and low_rank(layers["conv"], CURRENT).scale == 16.0
 
