@@ -9,6 +9,7 @@ Prints what each way remembers, and writes a picture, the numbers, the chain, an
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, Trai
 from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, export_lora, plots, save_chain
 from peft_aso.metrics import average_accuracy, backward_transfer, forgetting
 
-SINGLE, CHAIN = "one adapter for all tasks", "chain of adapters"
+SINGLE, CHAIN = "one adapter for all tasks", "chain of adapters, merged"
 Stages = list[list[str]]  # after each stage what `test` returns
 STAR = {"color": "#009E73", "marker": "*", "ms": 11, "ls": "", "clip_on": False}
 LINES = {SINGLE: {"color": "#D55E00", "marker": "s", "ls": "--"}, CHAIN: {"color": "#0072B2", "marker": "o"}}
@@ -78,19 +79,20 @@ def learn_with_one_adapter(base: Any, tokenizer: Any, tasks: list[Task], args: a
 
 
 def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argparse.Namespace) -> tuple[Stages, Any]:
-    """peft-aso: an adapter per task, on top of the earlier ones. Returns the model, too."""
+    """peft-aso: an adapter per task, on top of the earlier ones; merged for each test. Returns the model, too."""
     model, stages = None, []
     for task in tasks:
         print(f"\n{CHAIN}, stage {len(stages) + 1} of {len(tasks)}: {task.name}", flush=True)
         attribution = AttributionConfig(probe_size=4, steps=5, refresh=0.5)  # fewer examples, less often: for a CPU
-        config = ASOLoraConfig(**lora(base, args), attribution=attribution)
+        config = ASOLoraConfig(**lora(base, args), merge="regmean", attribution=attribution)
         if model is None:
             model = get_peft_model(base, config, adapter_name=task.name)
         else:
             model.add_adapter(task.name, config)
             model.set_adapter(task.name)  # trains; the tasks before it are its history: active and frozen
         train(ASOTrainer, model, tokenizer, task, args)
-        stages.append(test(model, tokenizer, tasks[: len(stages) + 1]))
+        merged = copy.deepcopy(model).merge_and_unload()  # one model for all tasks so far, without a task's name
+        stages.append(test(merged, tokenizer, tasks[: len(stages) + 1]))
     return stages, model
 
 

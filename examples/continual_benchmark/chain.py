@@ -58,7 +58,7 @@ def run(settings: Settings) -> Record:
         _learn_chain(tasks, settings, folder, record)
         if record["alone"] is None and not settings.no_reference:
             record["alone"] = _learn_alone(tasks, settings)
-    _write(folder / RESULTS, record)
+    write(folder / RESULTS, record)
     return record
 
 
@@ -67,7 +67,7 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: Path, record: Re
     done = len(record["stages"])
     if done == len(tasks):
         return
-    method = _start(METHODS[settings.method], tasks[0], settings)
+    method = start_method(METHODS[settings.method], tasks[0], settings)
     if done:
         print(f"Going on after {tasks[done - 1].name}, which {folder} has.")
         method.restore(folder / f"state_{done}", tasks[:done])
@@ -84,7 +84,7 @@ def _learn_chain(tasks: list[Task], settings: Settings, folder: Path, record: Re
         stage["correct"] = {each.name: _test(method, each, settings) for each in tested}
         stage["seconds"] = {"training": round(trained - started), "testing": round(time.time() - trained)}
         record["stages"].append(stage)
-        _write(folder / RESULTS, record)
+        write(folder / RESULTS, record)
         shutil.rmtree(folder / f"state_{index}", ignore_errors=True)
         shares = {name: "/".join(f"{100 * b.count('1') / len(b):.0f}" for b in ways.values())
                   for name, ways in stage["correct"].items()}  # fmt: skip
@@ -106,14 +106,15 @@ def _learn_alone(tasks: list[Task], settings: Settings) -> dict[str, dict[str, s
         file = Path(settings.out) / "alone" / key / f"{task.name}.json"
         if not file.is_file():
             print(f"\n=== {task.name} alone ===", flush=True)
-            method = method or _start(kind, task, settings)
+            method = method or start_method(kind, task, settings)
             learn(method, task, 0, settings)
-            _write(file, _test(method, task, settings))
+            write(file, _test(method, task, settings))
         found[task.name] = json.loads(file.read_text())
     return found
 
 
-def _start(kind: type[Method], task: Task, settings: Settings) -> Method:
+def start_method(kind: type[Method], task: Task, settings: Settings) -> Method:
+    """The method on a fresh base model, with the weights that it starts from."""
     model, tokenizer = load_model(settings.model)
     # greedy, and without what the model's own settings may ask for
     model.generation_config = GenerationConfig.from_model_config(model.config)
@@ -122,12 +123,16 @@ def _start(kind: type[Method], task: Task, settings: Settings) -> Method:
     return kind(model.to(best_device()), tokenizer, settings)
 
 
+def test(model: Any, tokenizer: Any, task: Task, settings: Settings) -> dict[str, str]:
+    """By way of scoring one character a test question, 1 for a right answer."""
+    return answered_right(model, tokenizer, task, settings.score, settings.max_tokens, settings.precision == "bf16")
+
+
 def _test(method: Method, task: Task, settings: Settings) -> dict[str, str]:
-    model, bf16 = method.predict(task), settings.precision == "bf16"
-    return answered_right(model, method.tokenizer, task, settings.score, settings.max_tokens, bf16)
+    return test(method.predict(task), method.tokenizer, task, settings)
 
 
-def _write(path: Path, value: Any) -> None:
+def write(path: Path, value: Any) -> None:
     """Write a complete file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")

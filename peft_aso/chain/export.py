@@ -29,8 +29,8 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from ..tuner import ASOLoraModel
 from ..tuner.adapter_file import is_finite
 from ..tuner.history import adapter_of, chain_obstacles, task_name_of
-from ..tuner.layer import UNSUPPORTED_LAYERS, adapters_in, bias_of, low_rank, matrices_of
-from ..tuner.low_rank import LowRank, merge_function
+from ..tuner.layer import UNSUPPORTED_LAYERS, adapters_in, bias_of, low_rank, matrices_of, merged_update
+from ..tuner.low_rank import LowRank
 from ..tuner.model import tuner_of
 from .manifest import MANIFEST_NAME, README_NAME, ChainError, flush, hub_id, staging
 
@@ -149,8 +149,8 @@ def _merged(tuner: ASOLoraModel, layer: LoraLayer, names: Sequence[str]) -> LowR
     updates = [low_rank(layer, name) for name in adapters_in(layer, names)]
     if updates[0].A.device.type == "mps":  # has no float64
         updates = [update.to("cpu") for update in updates]
-    held = adapters_in(layer, names)
-    merged = merge_function(tuner.peft_config[names[-1]].merge, held)([update.to(torch.float64) for update in updates])
+    exact = [update.to(torch.float64) for update in updates]
+    merged = merged_update(exact, adapters_in(layer, names), tuner.peft_config)
     return LowRank(merged.A, merged.B * merged.scale)
 
 

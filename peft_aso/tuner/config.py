@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftType
 
 from ..attribution.config import AttributionConfig, check_choice, check_fields, setting
-from .low_rank import MERGES
+from .low_rank import MERGES, merge_needs_inputs
 from .penalties import PENALTIES
 from .starts import STARTS, needs_history_inputs, needs_inputs, random_start
 
@@ -177,7 +177,7 @@ class ASOLoraConfig(LoraConfig):
         """`input_directions`, with None resolved."""
         if self.input_directions is not None:
             return self.input_directions
-        reads = needs_history_inputs(self.project_init) or self.merge == "regmean"
+        reads = needs_history_inputs(self.project_init) or merge_needs_inputs(self.merge)
         reads = reads or (PENALTIES[self.penalty].needs_inputs and self.resolved_penalty_weight > 0)
         return INPUT_DIRECTIONS if reads else 0
 

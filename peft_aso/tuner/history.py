@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 T = TypeVar("T")
@@ -166,6 +167,17 @@ def adapter_of(task: str, configs: Mapping[str, Any], exclude: str | None = None
     names = (name for name, config in configs.items() if task_name_of(name, config) == task and name != exclude)
     own_name = task if task in configs and task != exclude else None
     return next(names, own_name)
+
+
+def psi_matrix(adapters: Sequence[str], configs: Mapping[str, Any]) -> torch.Tensor:
+    """`(T, T)`, float64: row t, column s has the saved psi of adapter t to the earlier s (mean of layers), else 1."""
+    psi = torch.ones(len(adapters), len(adapters), dtype=torch.float64)
+    for t, adapter in enumerate(adapters):
+        saved = configs[adapter].soft_coefficients or {}
+        for s, earlier in enumerate(adapters[:t]):
+            value = saved.get(task_name_of(earlier, configs[earlier]))
+            psi[t, s] = psi[t, s] if value is None else torch.tensor(value, dtype=torch.float64).mean()
+    return psi
 
 
 def oldest_first(histories: Mapping[str, Sequence[str]]) -> list[str]:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .history import HistoryError, TaskHistory
+from .history import HistoryError, TaskHistory, psi_matrix
 from .low_rank import LowRank, merge_function, sum_updates
 
 UNSUPPORTED_LAYERS = (MultiheadAttention, ParamWrapper)
@@ -53,6 +53,15 @@ def low_rank(layer: LoraLayer, name: str) -> LowRank:
     A, B = matrices_of(layer, name)
     inputs = layer.task_inputs.get(name)
     return LowRank(A.detach().flatten(1), B.detach().flatten(1), float(layer.scaling[name]), inputs)
+
+
+def merged_update(updates: Sequence[LowRank], names: Sequence[str], configs: Mapping[str, Any]) -> LowRank:
+    """The named adapters' updates of a layer, merged as the config of the last one has it (Eq. 3)."""
+    rule, A = configs[names[-1]].merge, updates[0].A
+    if rule == "sum":
+        return sum_updates(updates)
+    exact = [update.to("cpu" if A.device.type == "mps" else A.device, torch.float64) for update in updates]
+    return merge_function(rule, names)(exact, psi_matrix(names, configs)).to(A.device, A.dtype)
 
 
 def bias_of(layer: LoraLayer, names: Iterable[str]) -> torch.Tensor | None:
@@ -350,7 +359,8 @@ class HistoryLinear(lora.Linear):
             super().unmerge()
 
     def _is_weighted(self, names: Sequence[str]) -> bool:
-        return bool(names) and self.task_history is not None and self.task_history.configs[names[-1]].merge != "sum"
+        tasks = self.task_history
+        return bool(names) and tasks is not None and isinstance(tasks.configs[names[-1]].merge, Mapping)
 
     def can_merge_at_once(self, names: Sequence[str]) -> bool:
         """Whether the named adapters are plain low-rank updates of a floating point weight."""
@@ -364,10 +374,12 @@ class HistoryLinear(lora.Linear):
     @torch.no_grad()
     def _add_to_base(self, names: Sequence[str], sign: int, check: bool) -> None:
         base = self.base_layer
-        rule = "sum" if self.task_history is None else self.task_history.configs[names[-1]].merge
-        total = merge_function(rule, names)([low_rank(self, name) for name in names])
+        updates = [low_rank(self, name) for name in names]
+        tasks = self.task_history
+        total = sum_updates(updates) if tasks is None else merged_update(updates, names, tasks.configs)
         transposed, more = isinstance(base, Conv1D), bias_of(self, names)
-        weight = add_product(base.weight.T if transposed else base.weight, total.A, total.B, sign * total.scale)
+        weight = base.weight.T if transposed else base.weight
+        weight = add_product(weight, total.A, total.B, sign * total.scale)
         bias = base.bias if more is None else (base.bias + sign * more).to(base.bias.dtype)
         if check and not all(part is None or torch.isfinite(part).all() for part in (weight, bias)):
             broken = [name for name in names if not all(part.isfinite().all() for part in matrices_of(self, name))]

@@ -72,22 +72,37 @@ def second_moment(update: LowRank, like: torch.Tensor) -> torch.Tensor:
     return S.T @ S - rest * U.T @ U + rest * torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
 
 
-Merge = Callable[[Sequence[LowRank]], LowRank]
+Merge = Callable[..., LowRank]
 MERGES: dict[str, Merge] = {}
+_NEED_INPUTS: set[str] = set()
 
 
-def register_merge(name: str) -> Callable[[Merge], Merge]:
-    """Register a way to merge tasks, oldest first, under a name that `ASOLoraConfig(merge=...)` takes."""
+def register_merge(name: str, needs_inputs: bool = False) -> Callable[[Merge], Merge]:
+    """Register a way to merge tasks under a name that `ASOLoraConfig(merge=...)` takes.
+
+    It is a function `(updates, psi=None) -> update` of one module: the tasks' updates, oldest first, and psi `(T, T)`,
+    float64, with the soft coefficient of task t to the earlier task s in row t and column s (None: 1).
+
+    Args:
+        needs_inputs: the function reads the input directions that the tasks store.
+    """
 
     def register(function: Merge) -> Merge:
         MERGES[name] = function
+        if needs_inputs:
+            _NEED_INPUTS.add(name)
         return function
 
     return register
 
 
+def merge_needs_inputs(merge: object) -> bool:
+    """Whether a value of `merge` names a way that reads the tasks' input directions."""
+    return isinstance(merge, str) and merge in _NEED_INPUTS
+
+
 @register_merge("sum")
-def sum_updates(updates: Sequence[LowRank]) -> LowRank:
+def sum_updates(updates: Sequence[LowRank], psi: torch.Tensor | None = None) -> LowRank:
     """sum_t scale_t B_t A_t (Eq. 3) as one update of rank sum_t r_t: A stacked, scale_t * B_t side by side, exactly.
 
     The dtype is the updates' own.
@@ -103,7 +118,7 @@ def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
 
 
 @register_merge("running_mean")
-def running_mean(updates: Sequence[LowRank]) -> LowRank:
+def running_mean(updates: Sequence[LowRank], psi: torch.Tensor | None = None) -> LowRank:
     """M_i = M_{i-1} + (S_i - M_{i-1}) / sqrt(i), where S_i is the sum of the first i tasks.
 
     The time-aware rule of SLAO (Qiao and Mahdavi, ICLR 2026), which merges one adapter that is trained on; on a chain,
@@ -117,7 +132,7 @@ def running_mean(updates: Sequence[LowRank]) -> LowRank:
 
 
 @register_merge("outside")
-def outside_outputs(updates: Sequence[LowRank]) -> LowRank:
+def outside_outputs(updates: Sequence[LowRank], psi: torch.Tensor | None = None) -> LowRank:
     """Each B without its part in the span of the earlier tasks' B: later tasks write into other output directions.
 
     Where LoRA updates share directions, B shares them (Tang and Yang, "Crowded in B-Space", 2026). What is left of a
@@ -136,7 +151,7 @@ def outside_outputs(updates: Sequence[LowRank]) -> LowRank:
 
 
 @register_merge("magnitude")
-def largest_magnitude(updates: Sequence[LowRank]) -> LowRank:
+def largest_magnitude(updates: Sequence[LowRank], psi: torch.Tensor | None = None) -> LowRank:
     """Each weight's change as it was largest in magnitude after one of the tasks: MagMax (Marczak et al., ECCV 2024).
 
     The change after task i is the sum of the first i tasks. The result has full rank, min(out, in), and costs a
@@ -148,12 +163,14 @@ def largest_magnitude(updates: Sequence[LowRank]) -> LowRank:
     return LowRank(right, left * values)
 
 
-@register_merge("regmean")
-def regression_mean(updates: Sequence[LowRank], ridge: float = 0.01) -> LowRank:
+@register_merge("regmean", needs_inputs=True)
+def regression_mean(updates: Sequence[LowRank], psi: torch.Tensor | None = None, *, ridge: float = 0.01) -> LowRank:
     """The update that is closest, on each task's inputs, to the model as it stood after that task.
 
-    The least-squares solution (sum_t S_t C_t) (sum_t C_t)^-1, with S_t the sum of the first t tasks and C_t the second
-    moment of task t's inputs: RegMean (Jin et al., ICLR 2023) on a chain. The rank is that of the sum.
+    RegMean (Jin et al., ICLR 2023) on a chain: the least-squares solution (sum_t S_t C_t) (sum_t C_t)^-1, with S_t the
+    sum of the first t tasks and C_t the second moment of task t's inputs. Each A_t becomes
+    A_t (sum_{s>=t} C_s) (sum_s C_s)^-1: task t acts on its own inputs and later ones', not on earlier ones'. The rank
+    is that of the sum.
 
     Args:
         ridge: added to the diagonal of each C_t, whose mean is 1.
@@ -161,16 +178,35 @@ def regression_mean(updates: Sequence[LowRank], ridge: float = 0.01) -> LowRank:
     Raises:
         MissingInputsError: a task stores no input directions.
     """
-    A = torch.cat([update.A for update in updates])
-    B = torch.cat([update.B * update.scale for update in updates], dim=1)
-    identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-    moments = [second_moment(update, A) + ridge * identity for update in updates]
-    rows = torch.zeros_like(A)  # sum_t [A_1; ...; A_t; 0] C_t
-    end = 0
-    for update, moment in zip(updates, moments, strict=True):
-        end += len(update.A)
-        rows[:end] += A[:end] @ moment
-    return LowRank(torch.linalg.solve(torch.stack(moments).sum(0), rows, left=False), B)
+    moments = _moments(updates, ridge)
+    rows = [update.A @ torch.stack(moments[t:]).sum(0) for t, update in enumerate(updates)]
+    A = torch.linalg.solve(torch.stack(moments).sum(0), torch.cat(rows), left=False)
+    return replace(sum_updates(updates), A=A)
+
+
+@register_merge("soft_regmean", needs_inputs=True)
+def soft_regression_mean(
+    updates: Sequence[LowRank], psi: torch.Tensor | None = None, *, ridge: float = 0.01
+) -> LowRank:
+    """`regmean`, softly: a task may act on an earlier task's inputs as far as the two share knowledge neurons (Eq. 6).
+
+    In the inverse, C_s of each task s < t is weighted by psi_ts^2: psi = 1 is `regmean`, psi = 0 the sum. Arguments
+    and errors as there.
+    """
+    moments = _moments(updates, ridge)
+    changed = []
+    for t, update in enumerate(updates):
+        own = torch.stack(moments[t:]).sum(0)
+        weights = torch.ones(t) if psi is None else psi[t, :t] ** 2
+        total = sum((float(w) * moment for w, moment in zip(weights, moments[:t], strict=True)), own)
+        changed.append(replace(update, A=torch.linalg.solve(total, update.A @ own, left=False)))
+    return sum_updates(changed)
+
+
+def _moments(updates: Sequence[LowRank], ridge: float) -> list[torch.Tensor]:
+    like = updates[0].A
+    identity = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+    return [second_moment(update, like) + ridge * identity for update in updates]
 
 
 def merge_function(merge: str | Mapping[str, float], tasks: Sequence[str]) -> Merge:
@@ -189,4 +225,4 @@ def merge_function(merge: str | Mapping[str, float], tasks: Sequence[str]) -> Me
     if missing := [task for task in tasks if task not in merge]:
         raise ValueError(f"merge={dict(merge)} has no weight for {', '.join(missing)}. Give one for each task.")
     weights = [float(merge[task]) for task in tasks]
-    return lambda updates: weighted_sum(updates, weights)
+    return lambda updates, psi=None: weighted_sum(updates, weights)

@@ -170,7 +170,7 @@ def test_convolutions(tmp_path: Path) -> None:
 
 def test_a_registered_merge_is_what_is_exported(tmp_path: Path) -> None:
     @register_merge("half of the sum")
-    def half(updates: Any) -> LowRank:
+    def half(updates: Any, psi: Any) -> LowRank:
         return replace(sum_updates(updates), scale=0.5)
 
     try:

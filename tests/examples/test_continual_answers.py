@@ -79,7 +79,7 @@ def test_what_is_generated_is_what_generate_gives_for_each_prompt(
     for each in (model, tokenizer):
         each.save_pretrained(folder)
     task = random_task(data)
-    method = benchmark("chain")._start(
+    method = benchmark("chain").start_method(
         benchmark("methods").METHODS["seq_ft"], task, settings_of(benchmark, data, folder, tmp_path)
     )
     given = []

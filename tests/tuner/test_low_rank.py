@@ -11,7 +11,14 @@ import torch
 from peft import PeftModel
 
 from peft_aso import export_lora, export_merged
-from peft_aso.tuner.low_rank import MERGES, LowRank, MissingInputsError, merge_function, sum_updates
+from peft_aso.tuner.low_rank import (
+    MERGES,
+    LowRank,
+    MissingInputsError,
+    merge_function,
+    soft_regression_mean,
+    sum_updates,
+)
 from tests.tiny_models import tiny
 from tests.tuner.chains import TASKS, assert_close, assert_merged, chain, logits
 
@@ -74,6 +81,24 @@ def test_regmean_is_least_squares_on_each_tasks_inputs(fresh_seed: int):
     assert errors["best"] <= errors["regmean"] < 1.05 * errors["best"] < errors["sum"]  # it has a small ridge
     with pytest.raises(MissingInputsError, match="update_input_memory"):
         MERGES["regmean"]([LowRank(each.A, each.B) for each in updates])
+
+
+def test_soft_regmean_is_between_the_sum_and_regmean(fresh_seed: int):
+    """Task by task: least squares to 0 on the earlier tasks' inputs, times psi, and to the update on the others."""
+    updates, psi = updates_of(), torch.rand(3, 3).double()
+    inputs = []
+    for update in updates:
+        assert update.inputs is not None
+        inputs.append(update.inputs * (6 / update.inputs.square().sum()).sqrt())
+    updates = [LowRank(each.A, each.B, each.scale, x) for each, x in zip(updates, inputs, strict=True)]
+    expected = torch.zeros(7, 6).double()
+    for t, update in enumerate(updates):
+        x = torch.cat([*(psi[t, s] * inputs[s] for s in range(t)), *inputs[t:]])
+        y = torch.cat([*(torch.zeros(6, 7).double() for _ in range(t)), *(s @ update.delta().T for s in inputs[t:])])
+        expected = expected + torch.linalg.lstsq(x, y).solution.T
+    assert_close(soft_regression_mean(updates, psi, ridge=1e-9).delta(), expected, 1e-4)
+    assert_close(soft_regression_mean(updates).delta(), MERGES["regmean"](updates).delta())
+    assert_close(soft_regression_mean(updates, 0 * psi).delta(), sum_updates(updates).delta())
 
 
 def test_weights_by_hand(fresh_seed: int):

@@ -94,7 +94,7 @@ def test_a_merge_of_ones_own(monkeypatch: pytest.MonkeyPatch, kind: str):
     monkeypatch.setitem(MERGES, "mean", None)  # taken out again at the end
 
     @register_merge("mean")
-    def mean(updates: Sequence[LowRank]) -> LowRank:
+    def mean(updates: Sequence[LowRank], psi: torch.Tensor) -> LowRank:
         return replace(sum_updates(updates), scale=1 / len(updates))
 
     base, model = chain(kind, HISTORY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,32 +16,41 @@ from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, load_chain, s
 from .base import Method
 
 _STARTS: dict[str, Any] = {"default": False, "projected": True, "inputs_hard": "inputs"}
+_MERGES = ("sum", "running_mean", "outside", "magnitude", "regmean")
 
 
 @dataclass(frozen=True)
 class IncSettings:
     """What all three have."""
 
-    init: Literal["default", "projected", "inputs_hard"] = field(
+    init: Literal["default", "projected", "inputs_hard", "contrast", "inflora"] = field(
         default="default",
         metadata={
             "help": "How A starts: as PEFT has it; that projected out of the history's rows; the task's own input "
-            "directions, projected out of the history's rows."
+            "directions, projected out of the history's rows; or a start of docs/methods.md."
         },
     )
+    row_scale: float = field(default=3.0, metadata={"help": "Strength of the rows of the start `contrast`."})
+    merge: str = field(
+        default="sum", metadata={"help": "How the tasks are merged into the model that is tested.", "choices": _MERGES}
+    )
+    directions: int = field(default=0, metadata={"help": "Input directions that each task stores."})
     fixed_a: bool = field(default=False, metadata={"help": "A does not train, only B; there is no penalty then."})
 
 
 @dataclass(frozen=True)
 class OLoRASettings(IncSettings):
     penalty_weight: float | None = field(
-        default=None, metadata={"help": "lambda; 0.05, and 0.5 for the penalty l1, unless given."}
+        default=None,
+        metadata={"help": "lambda; the default of the penalty unless given: 0.05 for squared, 0.5 for l1."},
     )
 
 
 @dataclass(frozen=True)
 class ASOSettings(OLoRASettings):
-    penalty: Literal["squared", "l1"] = field(default="squared", metadata={"help": "The penalty (Eq. 7)."})
+    penalty: Literal["squared", "l1", "inputs", "outputs", "n_lora", "ella"] = field(
+        default="squared", metadata={"help": "The penalty: Eq. 7, or one of docs/methods.md."}
+    )
     attribution_model: Literal["auto", "cumulative", "task"] = field(
         default="auto", metadata={"help": "What the model of a task is: with its history, or its adapter alone."}
     )
@@ -85,7 +95,10 @@ class ASOLoRA(Method):
             task_type="SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM",
             penalty=chosen.penalty,
             penalty_weight=chosen.penalty_weight,
-            project_init=_STARTS[chosen.init],
+            project_init=_STARTS.get(chosen.init, chosen.init),
+            start_options={"row_scale": chosen.row_scale} if chosen.init == "contrast" else {},
+            merge=chosen.merge,
+            input_directions=chosen.directions,
             train_a=not chosen.fixed_a,
             attribution=AttributionConfig(
                 steps=chosen.steps,
@@ -106,6 +119,10 @@ class ASOLoRA(Method):
         else:
             self.model.add_adapter(task.name, self.config())
             self.model.set_adapter(task.name)
+
+    def predict(self, task: Task) -> Any:
+        """The sum, which is the model that trains; or a copy that is merged in another way."""
+        return self.model if self.settings.merge == "sum" else copy.deepcopy(self.model).merge_and_unload()
 
     def facts(self, task: Task) -> dict[str, Any]:
         config = self.model.peft_config[task.name]
