@@ -18,7 +18,9 @@ from typer.main import get_command
 
 import peft_aso
 from peft_aso import ASOLoraConfig, AttributionConfig, LowRank, attribution
+from peft_aso.tuner.low_rank import MERGES
 from peft_aso.tuner.penalties import PENALTIES
+from peft_aso.tuner.starts import STARTS
 from peft_aso_cli import app
 from tests.chain.chains import stock_adapter
 from tests.tiny_models import tiny, tiny_batch
@@ -33,6 +35,7 @@ RUN_BY = {
     "docs/distributed.md": "tests/training/test_distributed.py",
     "docs/guide.md": "tests/test_docs.py",
     "docs/hub.md": "tests/chain/test_hub.py",
+    "docs/methods.md": "tests/test_docs.py",
     "docs/serving.md": "tests/test_serving.py",
     "docs/settings.md": "tests/test_docs.py",
     "examples/continual_benchmark/README.md": "tests/examples/test_continual_runs.py",
@@ -127,6 +130,19 @@ def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(names["after_mood"], names["mood_alone"])  # the first task has no history
     assert list(names["model"].peft_config) == ["mood", "topic", "stock"]
     assert names["model"].base_model.current_task == "topic"
+
+
+def test_the_code_in_the_methods_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stock_adapter(tmp_path / "somebody" / "lora")
+    model = chain(tasks=("dbpedia", "amazon"))
+    names = run("docs/methods.md", {"model": model, "batches": [tiny_batch(model)]})
+    configs = [each for each in names.values() if isinstance(each, ASOLoraConfig)]
+    assert len(configs) == 13 and names["config"].resolved_input_directions == 32
+    assert any("plain" in layer.task_inputs for layer in model.base_model.lora_layers().values())
+    text = (ROOT / "docs/methods.md").read_text()
+    for registry in (PENALTIES, STARTS, MERGES):
+        assert all(re.search(rf"^\| `{name}`", text, re.M) for name in registry), "each method has its row"
 
 
 def test_the_penalty_in_the_architecture_is_what_it_says(monkeypatch: pytest.MonkeyPatch, fresh_seed: int) -> None:
