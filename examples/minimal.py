@@ -15,7 +15,7 @@ parser.add_argument("--out", type=Path, default=Path("runs/minimal"))
 options = parser.parse_args()
 base, tokenizer = load_model(options.model)
 mood, topic = (read_task(Path(__file__).parent / "data" / name) for name in ("mood", "topic"))
-attribution = AttributionConfig(refresh=0.5)  # psi is computed twice; the default is ten times
+attribution = AttributionConfig(refresh=0.5)  # psi is computed twice; the default is four times
 config = ASOLoraConfig(r=8, lora_alpha=32, task_type="CAUSAL_LM", attribution=attribution)
 
 

@@ -102,8 +102,8 @@ class AttributionConfig:
     )
     clip: bool = setting(False, "Clip psi to [0, 1]. Off: Eq. 6 unchanged, a negative w makes psi larger than 1.")
     refresh: float = setting(
-        0.1,
-        "When the current task's vector is computed again: a fraction of the run (0.1: ten times, 1.0: once), or a "
+        0.25,
+        "When the current task's vector is computed again: a fraction of the run (0.25: four times, 1.0: once), or a "
         "number of optimizer steps (1: each, 50); 0: once. The first time is before the first step. Until the second "
         "the newest earlier task has psi = 1.",
     )
@@ -120,6 +120,6 @@ class AttributionConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not math.isfinite(self.refresh) or self.refresh < 0 or (self.refresh > 1 and self.refresh % 1):
             raise ValueError(
-                f"refresh={self.refresh!r}: give a fraction of the run (0.1: ten times), a whole number of "
+                f"refresh={self.refresh!r}: give a fraction of the run (0.25: four times), a whole number of "
                 "steps (50), or 0 for once at the start."
             )

@@ -68,7 +68,7 @@ class ASOSettings(OLoRASettings):
     )
     refresh: float = field(
         default=0.25,
-        metadata={"help": "Fraction of a run, or steps, between two refreshes of psi (AttributionConfig: 0.1)."},
+        metadata={"help": "Fraction of a run, or steps, between two refreshes of psi."},
     )
     probe: int = field(default=8, metadata={"help": "Examples that attribution reads (AttributionConfig: 16)."})
     steps: int = field(default=20, metadata={"help": "m of the integral (Eq. 11)."})
