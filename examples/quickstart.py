@@ -84,7 +84,7 @@ def learn_with_a_chain(base: Any, tokenizer: Any, tasks: list[Task], args: argpa
     for task in tasks:
         print(f"\n{CHAIN}, stage {len(stages) + 1} of {len(tasks)}: {task.name}", flush=True)
         attribution = AttributionConfig(probe_size=4, steps=5, refresh=0.5)  # fewer examples, less often: for a CPU
-        config = ASOLoraConfig(**lora(base, args), merge="regmean", attribution=attribution)
+        config = ASOLoraConfig(**lora(base, args), merge="soft_regmean", attribution=attribution)
         if model is None:
             model = get_peft_model(base, config, adapter_name=task.name)
         else:
