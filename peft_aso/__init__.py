@@ -34,12 +34,14 @@ from .training import (
     update_input_memory,
 )
 from .tuner import (
+    MERGES,
     ASOLoraConfig,
     ASOLoraModel,
     AttributionConfig,
     HistoryError,
     LowRank,
     MissingHistoryError,
+    MissingInputsError,
     register_merge,
     register_penalty,
     register_start,
@@ -58,6 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "MERGES",
     "ASOLoraConfig",
     "ASOLoraModel",
     "ASOSeq2SeqTrainer",
@@ -70,6 +73,7 @@ __all__ = [
     "HistoryError",
     "LowRank",
     "MissingHistoryError",
+    "MissingInputsError",
     "compute_attribution",
     "export_lora",
     "export_merged",

@@ -74,6 +74,7 @@ def second_moment(update: LowRank, like: torch.Tensor) -> torch.Tensor:
 
 Merge = Callable[..., LowRank]
 MERGES: dict[str, Merge] = {}
+"""The registered ways to merge tasks, by name."""
 _NEED_INPUTS: set[str] = set()
 
 

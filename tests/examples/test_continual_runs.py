@@ -58,6 +58,19 @@ def test_every_method_learns_two_tasks(
     assert report.count("AA ") == 4 and report.count("FWT") == (1 if found["alone"] is None else 4), "and in the note"
 
 
+def test_a_run_is_merged_in_other_ways(benchmark: Any, run: Any, tmp_path: Path) -> None:
+    """The sum is what was tested in the run; other ways are the merged models of the chain on disk."""
+    made = run("aso_lora", epochs=8.0, lr=3e-2, directions=4, tested="new")
+    (folder,) = (tmp_path / "runs").iterdir()
+    merge_run = benchmark("merging").merge_run
+    total, soft = merge_run(folder, ["sum", "soft_regmean"])
+    assert [stage["correct"] for stage in total["stages"]] == [stage["correct"] for stage in made["stages"]]
+    assert json.loads((folder.with_name(f"{folder.name}-soft_regmean") / "results.json").read_text()) == soft
+    assert soft["settings"]["merge"] == "soft_regmean" and set(soft["stages"][1]["correct"]) == {"colors", "signs"}
+    direct = run("aso_lora", epochs=8.0, lr=3e-2, directions=4, merge="soft_regmean", tested="new", out="direct")
+    assert direct["stages"][1]["correct"] == soft["stages"][1]["correct"]
+
+
 def test_the_readmes_method_can_be_added(
     benchmark: Any, data: Path, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

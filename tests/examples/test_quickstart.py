@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import peft_aso
+from peft_aso import MERGES
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -68,6 +69,20 @@ def test_quickstart(
     base, _ = importlib.import_module("tasks").load_model(str(saved[name]))
     merged = peft_aso.load_chain(base, tmp_path / "chain").merge_and_unload()
     torch.testing.assert_close(merged.eval()(**inputs).logits, served, rtol=1e-3, atol=1e-4)
+
+    # and the ways to merge the chain, the demo's among them
+    compare = importlib.import_module("compare_merges")
+    monkeypatch.setattr(
+        sys, "argv", ["compare", str(tmp_path / "chain"), "--data", str(data), "--model", str(saved[name])]
+    )
+    compare.main()
+    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[1:]}
+    assert set(rows) == set(MERGES)
+    at_end = [
+        100 * np.mean([int(each) for each in right]) for right in results["right"]["chain of adapters, merged"][1]
+    ]
+    assert [float(each) for each in rows["soft_regmean"]] == pytest.approx([*at_end, np.mean(at_end)], abs=0.06)
+
     base, _ = importlib.import_module("tasks").load_model(str(saved[name]))
     assert not torch.allclose(base.eval()(**inputs).logits, served, atol=1e-3)
 
