@@ -184,7 +184,7 @@ def draw(names: list[str], matrices: dict[str, Any], named: list[float], similar
         for task, ax in enumerate(axes.flat[: len(names)]):
             for way, matrix in matrices.items():
                 ax.plot(range(task + 1, len(names) + 1), [row[task] for row in matrix[task:]], label=way, **LINES[way])
-            ax.plot(len(names), named[task], label=f"{CHAIN}, task named", **STAR)
+            ax.plot(len(names), named[task], label="task named", **STAR)
             ax.set(title=f"{task + 1}. {names[task]}", xticks=range(1, len(names) + 1), ylim=(0, 105))
             ax.grid(axis="y", alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)

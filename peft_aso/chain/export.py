@@ -1,4 +1,4 @@
-"""Export the sum of tasks (Eq. 3) for programs without this package: one stock LoRA adapter, or one merged model."""
+"""Export merged tasks (Eq. 3) for programs without this package: one stock LoRA adapter, or one merged model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def export_lora(
     model: Any, folder: str | os.PathLike[str], *, tasks: Sequence[str] | None = None, max_rank: int | None = None,
     dtype: torch.dtype | None = None, merge: str | Mapping[str, float] | None = None,
 ) -> Path:  # fmt: skip
-    """Write one stock LoRA adapter that equals the sum of several tasks' adapters (Eq. 3).
+    """Write one stock LoRA adapter that equals several tasks' adapters, merged (Eq. 3).
 
     The ranks are concatenated, each adapter's scale is folded into its B, and modules of lower rank are padded with
     zeros: one rank, alpha = rank (a scale of 1), no patterns. The logits are those of the merged model. vLLM takes
@@ -129,10 +129,10 @@ tags:
 
 {_LORA_TITLE}
 
-The sum of the adapters of these tasks, in the order in which they were learned: {_listed(tuner, names)}.
+The adapters of these tasks, merged by {_rule(tuner, names, merge)}, oldest first: {_listed(tuner, names)}.
 
 - rank {rank}, alpha {rank} (scale 1) in every module
-- relative error against the sum, in the Frobenius norm: {error}
+- relative error against the exact merge, in the Frobenius norm: {error}
 - PEFT: `PeftModel.from_pretrained(base_model, <this folder>)`, with {base or "the base model"}
 - vLLM: {served}
 """
@@ -238,7 +238,7 @@ def export_merged(
     dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB", tokenizer: Any = None,
     merge: str | Mapping[str, float] | None = None,
 ) -> Path:  # fmt: skip
-    """Write base weights plus the sum of several tasks' adapters as a transformers model folder (Eq. 3).
+    """Write base weights plus several tasks' adapters, merged, as a transformers model folder (Eq. 3).
 
     Each weight is added up in float32 (the adapters' products in float64) and rounded once, to `dtype`. The model
     itself is not touched. `AutoModel...from_pretrained(folder)`, vLLM and llama.cpp's converter read the folder.
@@ -267,8 +267,9 @@ def export_merged(
         merged = _model_with(tuner.model, _merged_weights(tuner, names, dtype))
     base = tuner.peft_config[names[-1]].base_model_name_or_path
     card = (
-        f"{_MODEL_TITLE}\n\n{base or 'The base model'} plus the sum of the LoRA adapters of these tasks, in the order "
-        f"in which they were learned: {_listed(tuner, names)}. Each weight was added up in float32, rounded once.\n"
+        f"{_MODEL_TITLE}\n\n{base or 'The base model'} plus the LoRA adapters of these tasks, merged by "
+        f"{_rule(tuner, names, merge)}, in the order in which they were learned: {_listed(tuner, names)}. Each weight "
+        "was added up in float32, rounded once.\n"
     )
 
     def write(stage: Path) -> None:
@@ -368,6 +369,11 @@ def _write(folder: Path, write: Callable[[Path], None], card: str, last: str, ti
 
 def _listed(tuner: ASOLoraModel, names: Sequence[str]) -> str:
     return ", ".join(task_name_of(name, tuner.peft_config[name]) for name in names)
+
+
+def _rule(tuner: ASOLoraModel, names: Sequence[str], merge: Any) -> str:
+    chosen = tuner.peft_config[names[-1]].merge if merge is None else merge
+    return f"`{chosen}`" if isinstance(chosen, str) else f"weights ({dict(chosen)})"
 
 
 def _selected(tuner: ASOLoraModel, tasks: Sequence[str] | None) -> list[str]:

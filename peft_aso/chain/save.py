@@ -281,7 +281,7 @@ push_chain(model, "you/new-chain")
     ]
     if (folder / EXPORT / README_NAME).exists():
         load = f'PeftModel.from_pretrained({load_base}, "{name}", subfolder="{EXPORT}")'
-        parts.append(f"Without peft-aso: `{EXPORT}/` is one stock LoRA adapter, the sum of all tasks: `{load}`.")
+        parts.append(f"Without peft-aso: `{EXPORT}/` is one stock LoRA adapter, all tasks merged: `{load}`.")
     if (folder / PICTURE).exists():
         parts.append(f"![similarity of the tasks]({PICTURE})")
     return ModelCard("\n\n".join([*parts, _OWN_CARD]) + "\n", ignore_metadata_errors=False)
