@@ -25,6 +25,14 @@ ORDERS = {
 }
 
 
+# of each dataset, as the published prompts name it; the others are named like the dataset
+KINDS = {
+    name: kind
+    for kind, names in {"TC": "dbpedia yahoo agnews", "SC": "amazon yelp IMDB SST-2", "NLI": "MNLI CB RTE"}.items()
+    for name in names.split()
+}
+
+
 def order_of(text: str) -> tuple[str, ...]:
     """The tasks of an order: its number, or names with commas between them.
 
@@ -69,6 +77,10 @@ def read_tasks(names: Sequence[str], settings: Settings) -> list[Task]:
             cut = len(task.train) - len(task.train) // 5
             task = replace(task, train=task.train[:cut], test=task.train[cut:])
         task = replace(task, train=task.train[: settings.train_limit], test=task.test[: settings.test_limit])
+        if settings.named:
+            lines = f"Task:{KINDS.get(name, name)}\nDataset:{name}\n"
+            train, test = ([(lines + prompt, answer) for prompt, answer in rows] for rows in (task.train, task.test))
+            task = replace(task, train=train, test=test)
         if not task.train or not task.test:
             raise SystemExit(f"{name}: {len(task.train)} examples to train on and {len(task.test)} to test on.")
         found.append(task)

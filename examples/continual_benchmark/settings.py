@@ -33,6 +33,9 @@ class RunSettings:
     full: bool = _option(False, "Take the full splits where there are any.")
     train_limit: int | None = _option(None, "At most this many training examples a task.")
     test_limit: int | None = _option(None, "At most this many test examples a task.")
+    named: bool = _option(
+        False, "Begin each prompt with the task's and the dataset's name, as the published scripts do."
+    )
     validation: bool = _option(False, "Test on the last fifth of the training data; the test split is not read.")
     tested: Literal["seen", "new"] = _option("seen", "Tasks tested after each stage; after the last, all are.")
     score: Literal["generate", "options", "both"] = _option(

@@ -40,9 +40,14 @@ class ASOCallback(TrainerCallback):
     def __init__(self) -> None:
         self.restored = False
         self._probe: list[dict[str, Any]] = []
+        self._inputs: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._probe = self._readable_probe(args, kwargs["model"], kwargs["train_dataloader"])
+        tuner = require_tuner(kwargs["model"])
+        # chosen now, so that data without answers are an error before the first step
+        if tuner.peft_config[tuner.current_task].resolved_input_directions:
+            self._inputs = choose_probe(kwargs["train_dataloader"], INPUT_EXAMPLES, probe_seed(args))
         if not self.restored:
             self._update(args, kwargs["model"])
         self.restored = False
@@ -67,10 +72,9 @@ class ASOCallback(TrainerCallback):
                 config.attribution_layout = [list(entry) for entry in vector.layout]
         except Exception as error:  # the task is learned: a script that goes on to save it must not end here
             _warn_not_stored(args, task, error)
-        self._probe = []
-        if config.resolved_input_directions:
-            examples = choose_probe(kwargs["train_dataloader"], INPUT_EXAMPLES, probe_seed(args))
-            update_input_memory(kwargs["model"], examples, progress=not args.disable_tqdm)
+        if self._inputs:
+            update_input_memory(kwargs["model"], self._inputs, progress=not args.disable_tqdm)
+        self._probe, self._inputs = [], []
 
     def _readable_probe(self, args: TrainingArguments, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
         """The probe, after attribution with one step of the path; empty where no attribution is wanted, or where it

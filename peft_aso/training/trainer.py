@@ -291,10 +291,12 @@ def check_trainable(tuner: ASOLoraModel) -> None:
         )
     tuner.tasks.require([task])
     config = tuner.peft_config[task]
-    if tuner.uses_coefficients(task):
+    penalised = tuner.has_penalty(task) and PENALTIES[config.penalty].needs_history
+    if penalised:
         tuner.check_shared_modules()
-    reads = tuner.uses_coefficients(task) and PENALTIES[config.penalty].needs_inputs
-    if reads or (needs_history_inputs(config.project_init) and is_untrained(tuner)):
+    if (penalised and PENALTIES[config.penalty].needs_inputs) or (
+        needs_history_inputs(config.project_init) and is_untrained(tuner)
+    ):
         layers = tuner.lora_layers([task]).values()
         without = [old for old in tuner.history if not any(old in layer.task_inputs for layer in layers)]
         if without:

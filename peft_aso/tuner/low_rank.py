@@ -76,9 +76,10 @@ Merge = Callable[..., LowRank]
 MERGES: dict[str, Merge] = {}
 """The registered ways to merge tasks, by name."""
 _NEED_INPUTS: set[str] = set()
+_NEED_PSI: set[str] = set()
 
 
-def register_merge(name: str, needs_inputs: bool = False) -> Callable[[Merge], Merge]:
+def register_merge(name: str, needs_inputs: bool = False, needs_psi: bool = False) -> Callable[[Merge], Merge]:
     """Register a way to merge tasks under a name that `ASOLoraConfig(merge=...)` takes.
 
     It is a function `(updates, psi=None) -> update` of one module: the tasks' updates, oldest first, and psi `(T, T)`,
@@ -86,12 +87,15 @@ def register_merge(name: str, needs_inputs: bool = False) -> Callable[[Merge], M
 
     Args:
         needs_inputs: the function reads the input directions that the tasks store.
+        needs_psi: it reads psi, which tasks without a penalty compute for it.
     """
 
     def register(function: Merge) -> Merge:
         MERGES[name] = function
         if needs_inputs:
             _NEED_INPUTS.add(name)
+        if needs_psi:
+            _NEED_PSI.add(name)
         return function
 
     return register
@@ -100,6 +104,11 @@ def register_merge(name: str, needs_inputs: bool = False) -> Callable[[Merge], M
 def merge_needs_inputs(merge: object) -> bool:
     """Whether a value of `merge` names a way that reads the tasks' input directions."""
     return isinstance(merge, str) and merge in _NEED_INPUTS
+
+
+def merge_needs_psi(merge: object) -> bool:
+    """Whether a value of `merge` names a way that reads psi."""
+    return isinstance(merge, str) and merge in _NEED_PSI
 
 
 @register_merge("sum")
@@ -185,7 +194,7 @@ def regression_mean(updates: Sequence[LowRank], psi: torch.Tensor | None = None,
     return replace(sum_updates(updates), A=A)
 
 
-@register_merge("soft_regmean", needs_inputs=True)
+@register_merge("soft_regmean", needs_inputs=True, needs_psi=True)
 def soft_regression_mean(
     updates: Sequence[LowRank], psi: torch.Tensor | None = None, *, ridge: float = 0.01
 ) -> LowRank:

@@ -58,7 +58,7 @@ from .layer import (
     remove_adapter,
     untie,
 )
-from .low_rank import LowRank, merge_function
+from .low_rank import LowRank, merge_function, merge_needs_psi
 from .penalties import PENALTIES, ModuleGroup, group_modules, layers_of_modules, total_penalty
 from .starts import STARTS, needs_inputs
 
@@ -333,8 +333,10 @@ class ASOLoraModel(LoraModel):
         return bool(wanted) and config.resolved_penalty_weight > 0
 
     def uses_coefficients(self, task: str) -> bool:
-        """Whether psi enters the training of a task."""
-        return self.has_penalty(task) and PENALTIES[self.peft_config[task].penalty].needs_history
+        """Whether psi enters the training of a task or its merging."""
+        config = self.peft_config[task]
+        penalised = self.has_penalty(task) and PENALTIES[config.penalty].needs_history
+        return bool(self.tasks.histories[task]) and (penalised or merge_needs_psi(config.merge))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As PEFT's; the history stays frozen."""

@@ -185,6 +185,8 @@ def test_the_orders_are_table_4(benchmark: Any) -> None:
 def test_data_is_limited_and_validation_does_not_read_the_test_split(benchmark: Any, data: Path) -> None:
     read, settings = benchmark("data").read_tasks, benchmark("settings").Settings
     (complete,) = read(["signs"], settings(data=str(data)))
+    (named,), (usual,) = (read(["signs"], settings(data=str(data), named=each)) for each in (True, False))
+    assert [f"Task:signs\nDataset:signs\n{prompt}" for prompt, _ in usual.test] == [prompt for prompt, _ in named.test]
     (held,) = read(["signs"], settings(data=str(data), validation=True))
     assert held.train == complete.train[:8] and held.test == complete.train[8:]
     (few,) = read(["signs"], settings(data=str(data), train_limit=3, test_limit=2))

@@ -132,6 +132,14 @@ def test_the_trainer_stores_input_directions_where_the_config_reads_them(tmp_pat
         train(plain, tmp_path)
 
 
+def test_soft_merging_computes_psi_without_a_penalty(tmp_path: Path) -> None:
+    for merge, changes in (("soft_regmean", True), ("regmean", False)):
+        model = chain(merge=merge, penalty_weight=0.0)
+        train(model, tmp_path)
+        assert (model.base_model.soft_coefficients["first"] != 1.0) == changes
+        assert (model.peft_config["second"].similarities is not None) == changes
+
+
 def test_damaged_input_directions_are_refused_and_nothing_changes(tmp_path: Path) -> None:
     model = chain(tasks=("one",))
     batch, _ = padded("llama", 0)
