@@ -38,7 +38,7 @@ lint: env ## ruff and mypy
 	$(PY) -m mypy
 
 test: lint ## ruff, mypy and the fast tests, one process a core; PYTEST_ARGS="-k name" narrows them
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q --numprocesses auto --dist load $(PYTEST_ARGS)
 
 docs: env ## the documentation site, into site/ (`make test` builds it, too)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
