@@ -75,9 +75,9 @@ def store_inputs(layers: Mapping[str, LoraLayer], name: str, tensors: Mapping[st
         ValueError: they are of a module that the adapter does not have, not of the shape `(k, in)`, or not finite.
     """
     found = {}
-    for key, stored in tensors.items():
-        tensor = stored.detach().to("cpu", torch.float16) if key.startswith(INPUTS_KEY) else stored
-        for module in key.removeprefix(INPUTS_KEY).split(",") if key.startswith(INPUTS_KEY) else ():
+    for key in filter(lambda key: key.startswith(INPUTS_KEY), tensors):
+        tensor = tensors[key].detach().to("cpu", torch.float16)
+        for module in key.removeprefix(INPUTS_KEY).split(","):
             weight = layers[module].lora_A[name].weight if module in layers and name in layers[module].lora_A else None
             width = -1 if weight is None else weight[0].numel()
             if tensor.dim() != 2 or tensor.shape[1] != width or not is_finite(tensor):

@@ -343,7 +343,7 @@ class HistoryLinear(lora.Linear):
             ValueError: with `safe_merge`, the merged weights would hold NaN or Inf; this layer is as before then.
         """
         names = adapters_in(self, check_adapters_to_merge(self, adapter_names))
-        if (len(names) > 1 or self._is_weighted(names)) and self.can_merge_at_once(names):
+        if self._needs_one_product(names):
             self._add_to_base(names, 1, safe_merge)
             self.merged_adapters.extend(names)
         else:
@@ -352,15 +352,17 @@ class HistoryLinear(lora.Linear):
     def unmerge(self) -> None:
         """As PEFT's, with one product of all adapters' ranks."""
         names = adapters_in(self, self.merged_adapters)
-        if (len(names) > 1 or self._is_weighted(names)) and self.can_merge_at_once(names):
+        if self._needs_one_product(names):
             self._add_to_base(names, -1, False)
             self.merged_adapters.clear()
         else:
             super().unmerge()
 
-    def _is_weighted(self, names: Sequence[str]) -> bool:
+    def _needs_one_product(self, names: Sequence[str]) -> bool:
+        """Whether PEFT's merging, which adds one adapter after the other, is not used."""
         tasks = self.task_history
-        return bool(names) and tasks is not None and isinstance(tasks.configs[names[-1]].merge, Mapping)
+        weighted = bool(names) and tasks is not None and isinstance(tasks.configs[names[-1]].merge, Mapping)
+        return (len(names) > 1 or weighted) and self.can_merge_at_once(names)
 
     def can_merge_at_once(self, names: Sequence[str]) -> bool:
         """Whether the named adapters are plain low-rank updates of a floating point weight."""

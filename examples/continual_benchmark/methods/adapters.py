@@ -11,12 +11,11 @@ from typing import Any, Literal
 from peft import get_peft_model
 from tasks import Task
 
-from peft_aso import ASOLoraConfig, ASOTrainer, AttributionConfig, load_chain, save_chain
+from peft_aso import MERGES, ASOLoraConfig, ASOTrainer, AttributionConfig, load_chain, save_chain
 
 from .base import Method
 
 _STARTS: dict[str, Any] = {"default": False, "projected": True, "inputs_hard": "inputs"}
-_MERGES = ("sum", "running_mean", "outside", "magnitude", "regmean")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class IncSettings:
     )
     row_scale: float = field(default=3.0, metadata={"help": "Strength of the rows of the start `contrast`."})
     merge: str = field(
-        default="sum", metadata={"help": "How the tasks are merged into the model that is tested.", "choices": _MERGES}
+        default="sum",
+        metadata={"help": "How the tasks are merged into the model that is tested.", "choices": list(MERGES)},
     )
     directions: int = field(default=0, metadata={"help": "Input directions that each task stores."})
     fixed_a: bool = field(default=False, metadata={"help": "A does not train, only B; there is no penalty then."})
